@@ -1,0 +1,201 @@
+"""Text to token ids for preprocessing, without torch or megatron: the ids of Megatron's tokenizers, in batches.
+
+| --tokenizer-type       | ids are those of                                       | end of document    |
+|------------------------|--------------------------------------------------------|--------------------|
+| HuggingFaceTokenizer   | AutoTokenizer(text).input_ids (a fast one)             | eos_token, or sep  |
+| SentencePieceTokenizer | SentencePieceProcessor.encode_as_ids(text)             | eos_id             |
+| ByteLevelTokenizer     | text.encode(), vocabulary 512 (library "byte-level")   | 0                  |
+
+Read against megatron-core 0.19.2 (core/tokenizers/text/libraries).
+"""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+TOKENIZER_TYPES = ("HuggingFaceTokenizer", "SentencePieceTokenizer", "ByteLevelTokenizer")
+BACKENDS = ("auto", "tokenizers")
+
+Ids = NDArray[np.integer]
+
+
+class TokenizerError(Exception):
+    """The tokenizer cannot be used; the message is one line for the user."""
+
+
+class Tokenizer(Protocol):
+    """What preprocessing needs of a tokenizer. Its methods are called from several threads at once."""
+
+    vocab_size: int
+    eod: int | None
+    backend: str
+    """The library that makes the ids, for the log."""
+
+    def encode(self, texts: Sequence[str]) -> tuple[Ids, Ids]:
+        """Ids of all `texts` back to back [tokens], and the number of ids of each text [len(texts)]."""
+        ...
+
+    def check(self, text: str, ids: Ids) -> None:
+        """Raise an error if `ids`, made by `encode`, are not the reference ids of `text`."""
+        ...
+
+
+def load_tokenizer(tokenizer_type: str, model: str | None, backend: str = "auto") -> Tokenizer:
+    """The tokenizer that Megatron's `--tokenizer-type` and `--tokenizer-model` name.
+
+    `backend` "auto" takes gigatoken for a Hugging Face byte-level BPE where its ids are those of `tokenizers`, and
+    says on stderr where they are not; "tokenizers" never does. Raises TokenizerError.
+    """
+    if tokenizer_type == "ByteLevelTokenizer":
+        return ByteLevelTokenizer()
+    if model is None:
+        raise TokenizerError(f"--tokenizer-type {tokenizer_type} needs --tokenizer-model")
+    if tokenizer_type == "SentencePieceTokenizer":
+        return SentencePieceTokenizer(model)
+    reference = HuggingFaceTokenizer(model)
+    if backend == "tokenizers":
+        return reference
+    from archscale_megatron.data.gigatoken_bpe import GigatokenTokenizer, NotExactError
+
+    try:
+        return GigatokenTokenizer(reference)
+    except NotExactError as error:
+        print(f"gigatoken is not used: {error}; using tokenizers, which is slower", file=sys.stderr)
+        return reference
+
+
+class ByteLevelTokenizer:
+    """UTF-8 bytes. Megatron's end of document is 0, the id of a NUL byte."""
+
+    vocab_size = 512
+    eod: int | None = 0
+    backend = "bytes"
+
+    def encode(self, texts: Sequence[str]) -> tuple[Ids, Ids]:
+        data = [text.encode() for text in texts]
+        return np.frombuffer(b"".join(data), np.uint8), np.array([len(item) for item in data], np.int64)
+
+    def check(self, text: str, ids: Ids) -> None:
+        """The ids are the reference."""
+
+
+class SentencePieceTokenizer:
+    """A sentencepiece `.model` file."""
+
+    backend = "sentencepiece"
+
+    def __init__(self, model: str) -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        if not os.path.isfile(model):
+            raise TokenizerError(f"--tokenizer-model {model}: no such file; SentencePieceTokenizer takes a .model file")
+        try:
+            self._processor = SentencePieceProcessor(model_file=model)
+        except (OSError, RuntimeError) as error:
+            raise TokenizerError(f"--tokenizer-model {model}: not a SentencePiece model") from error
+        self.vocab_size = int(self._processor.get_piece_size())
+        eod = int(self._processor.eos_id())
+        self.eod = eod if eod >= 0 else None
+
+    def encode(self, texts: Sequence[str]) -> tuple[Ids, Ids]:
+        return flatten(self._processor.encode(list(texts), out_type="numpy", num_threads=1))
+
+    def check(self, text: str, ids: Ids) -> None:
+        """The ids are the reference."""
+
+
+class HuggingFaceTokenizer:
+    """A Hugging Face fast tokenizer (`tokenizers`), with its post-processor (a BOS, if it adds one)."""
+
+    backend = "tokenizers"
+
+    def __init__(self, model: str) -> None:
+        self.tokenizer, eos = _load_plain(model) or _load_with_transformers(model)
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self.vocab_size = int(self.tokenizer.get_vocab_size(with_added_tokens=True))
+        self.eod = None if eos is None else self.tokenizer.token_to_id(eos)
+
+    def encode(self, texts: Sequence[str]) -> tuple[Ids, Ids]:
+        return flatten([np.array(encoding.ids, np.int32) for encoding in self.tokenizer.encode_batch_fast(list(texts))])
+
+    def check(self, text: str, ids: Ids) -> None:
+        """The ids are the reference."""
+
+
+def flatten(documents: Sequence[Ids]) -> tuple[Ids, Ids]:
+    """Back to back, and their lengths."""
+    lengths = np.array([len(ids) for ids in documents], np.int64)
+    return (np.concatenate(documents) if documents else np.empty(0, np.int32)), lengths
+
+
+_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+def _load_plain(model: str) -> tuple[Any, str | None] | None:
+    """(tokenizers.Tokenizer, its end token) of a directory whose tokenizer.json says everything, else None.
+
+    Importing transformers takes a second, but its tokenizer classes may change what tokenizer.json says (add a BOS,
+    a prefix space, tokens). PreTrainedTokenizerFast, which such directories mostly name, changes nothing if the
+    conditions below hold.
+    """
+    from tokenizers import Tokenizer
+
+    try:
+        with open(os.path.join(model, "tokenizer_config.json"), encoding="utf-8") as file:
+            config = json.load(file)
+        with open(os.path.join(model, "tokenizer.json"), encoding="utf-8") as file:
+            text = file.read()
+    except (OSError, ValueError):
+        return None
+    plain_config = set(config) <= {*_NAMED, "tokenizer_class", "model_max_length", "clean_up_tokenization_spaces"}
+    others = [name for name in ("added_tokens.json", "special_tokens_map.json") if os.path.exists(f"{model}/{name}")]
+    if not plain_config or others or config.get("tokenizer_class") != "PreTrainedTokenizerFast":
+        return None
+    tokenizer = Tokenizer.from_str(text)
+    added = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
+    named = {name: config.get(name) for name in _NAMED}
+    if '"add_prefix_space":true' in tokenizer.to_str() or any(
+        token is not None and token not in added for token in named.values() if not isinstance(token, dict)
+    ):
+        return None
+    if any(isinstance(token, dict) for token in named.values()):
+        return None
+    promoted, eos = _megatron_roles(named)
+    tokenizer.add_special_tokens(list(promoted.values()))
+    return tokenizer, eos
+
+
+def _load_with_transformers(model: str) -> tuple[Any, str | None]:
+    """(tokenizers.Tokenizer, its end token) as AutoTokenizer makes it."""
+    try:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except Exception as error:  # transformers raises nearly anything for a directory it cannot use
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise TokenizerError(f"--tokenizer-model {model}: not a Hugging Face tokenizer ({reason})") from error
+    if not tokenizer.is_fast:
+        raise TokenizerError(f"--tokenizer-model {model}: has no tokenizer.json; save it as a fast tokenizer first")
+    promoted, eos = _megatron_roles({name: getattr(tokenizer, name) for name in _NAMED})
+    tokenizer.add_special_tokens(promoted)
+    return tokenizer.backend_tokenizer, eos
+
+
+def _megatron_roles(named: dict[str, str | None]) -> tuple[dict[str, str], str | None]:
+    """Roles that Megatron's wrapper gives away, and the end token: eos and sep, bos and cls stand in for each other.
+
+    A token given a role becomes a special token: found in text, it is one id.
+    """
+    promoted = {}
+    for role, substitute in (("sep_token", "eos_token"), ("eos_token", "sep_token"), ("cls_token", "bos_token")):
+        if not named[role] and (token := named[substitute]):
+            promoted[role] = token
+    if not named["bos_token"] and (token := named["cls_token"]):
+        promoted["bos_token"] = token
+    return promoted, named["eos_token"] or named["sep_token"]

@@ -1,0 +1,24 @@
+"""Where parameters are made, and by which linear layers: Transformer Engine's where asked for, else Megatron's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+def backend_for(config: TransformerConfig) -> BackendSpecProvider:
+    """The provider that `--transformer-impl` names."""
+    if config.transformer_impl == "transformer_engine":
+        from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+
+        return TESpecProvider()
+    return LocalSpecProvider()
+
+
+def parameter_options(config: TransformerConfig) -> dict[str, Any]:
+    """`device` and `dtype` of a new parameter, chosen as Megatron's own linears do."""
+    device = None if config.use_cpu_initialization else torch.cuda.current_device()
+    return {"device": device, "dtype": config.params_dtype}

@@ -1,0 +1,82 @@
+"""Gated Memory Unit (arXiv 2507.06607, section 2): gates the memory of an earlier layer, element by element."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron.core.models.backends import BackendSpecProvider
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.nn import functional as F
+
+from archscale_megatron.layers.shared_state import SequenceContext, SharedState
+
+
+@dataclass
+class GatedMemoryUnitSubmodules:
+    in_proj: type
+    out_proj: type
+
+
+class GatedMemoryUnit(MegatronModule):
+    """out_proj(silu(in_proj(x)) * memory), the product in fp32.
+
+    The memory's channels lie on the TP ranks as in_proj's output does, so nothing is communicated for it.
+
+    Args:
+        memory_size: channels of the memory, over all TP ranks.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: GatedMemoryUnitSubmodules,
+        layer_number: int,
+        pg_collection: ProcessGroupCollection,
+        writes_state: bool,
+        memory_size: int,
+    ) -> None:
+        super().__init__(config)
+        self.in_proj = build_module(
+            submodules.in_proj,
+            config.hidden_size,
+            memory_size,
+            config=config,
+            init_method=config.init_method,
+            gather_output=False,
+            bias=False,
+            skip_bias_add=False,
+            is_expert=False,
+            tp_group=pg_collection.tp,
+        )
+        self.out_proj = build_module(
+            submodules.out_proj,
+            memory_size,
+            config.hidden_size,
+            config=config,
+            init_method=config.output_layer_init_method,
+            bias=False,
+            input_is_parallel=True,
+            skip_bias_add=True,
+            is_expert=False,
+            tp_group=pg_collection.tp,
+        )
+
+    def forward(
+        self, hidden_states: Tensor, state: SharedState, context: SequenceContext
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden_states [s, b, h] -> [s, b, h], from `state.memory` [s, b, memory_size / tp]."""
+        gate, _ = self.in_proj(hidden_states)
+        gated = F.silu(gate.float()) * state.memory
+        return self.out_proj(gated.to(gate.dtype))
+
+
+def gmu_spec(backend: BackendSpecProvider, memory_size: int) -> ModuleSpec:
+    """The spec of a GMU layer's mixer."""
+    submodules = GatedMemoryUnitSubmodules(
+        in_proj=backend.column_parallel_linear(), out_proj=backend.row_parallel_linear()
+    )
+    return ModuleSpec(module=GatedMemoryUnit, submodules=submodules, params={"memory_size": memory_size})

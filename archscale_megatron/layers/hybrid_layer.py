@@ -1,0 +1,60 @@
+"""One hybrid layer: pre-norm, a mixer, the residual sum."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from archscale_megatron.layers.shared_state import SequenceContext, SharedState
+
+
+@dataclass
+class HybridLayerSubmodules:
+    """norm(config, hidden_size, eps), and mixer(config, layer_number, pg_collection, writes_state), whose
+    forward(x, state, context) returns (output, bias or None)."""
+
+    norm: ModuleSpec | type
+    mixer: ModuleSpec
+
+
+class HybridLayer(MegatronModule):
+    """x + dropout(mixer(norm(x))), summed in the dtype of the residual stream (fp32).
+
+    Args:
+        layer_number: 1-based global index of this hybrid layer, as in Megatron.
+        writes_state: this layer's mixer writes into the shared state.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: HybridLayerSubmodules,
+        layer_number: int,
+        pg_collection: ProcessGroupCollection,
+        writes_state: bool,
+    ) -> None:
+        super().__init__(config)
+        self.layer_number = layer_number
+        self.writes_state = writes_state
+        self.norm = build_module(
+            submodules.norm, config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
+        )
+        self.mixer = build_module(
+            submodules.mixer,
+            config=config,
+            layer_number=layer_number,
+            pg_collection=pg_collection,
+            writes_state=writes_state,
+        )
+
+    def forward(self, hidden_states: Tensor, state: SharedState, context: SequenceContext) -> Tensor:
+        """hidden_states [s, b, h] (s / tp under sequence parallelism) -> the same shape and dtype."""
+        output = self.mixer(self.norm(hidden_states), state, context)
+        add = get_bias_dropout_add(self.training, self.config.bias_dropout_fusion)
+        return add(output, hidden_states, self.config.hidden_dropout)

@@ -1,0 +1,42 @@
+"""The SwiGLU MLP: Megatron's, behind the interface of a mixer."""
+
+from __future__ import annotations
+
+from megatron.core.models.backends import BackendSpecProvider
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from archscale_megatron.layers.shared_state import SequenceContext, SharedState
+
+
+class MLPMixer(MLP):
+    """fc2(silu(gate) * up), where fc1's rows are the gate's, then the up branch's."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: MLPSubmodules,
+        layer_number: int,
+        pg_collection: ProcessGroupCollection,
+        writes_state: bool,
+    ) -> None:
+        del layer_number, writes_state
+        super().__init__(
+            config, submodules, ffn_hidden_size=config.ffn_hidden_size, tp_group=pg_collection.tp
+        )
+
+    def forward(
+        self, hidden_states: Tensor, state: SharedState, context: SequenceContext
+    ) -> tuple[Tensor, Tensor | None]:
+        return super().forward(hidden_states)
+
+
+def mlp_spec(backend: BackendSpecProvider) -> ModuleSpec:
+    """The spec of an MLP layer's mixer."""
+    submodules = MLPSubmodules(
+        linear_fc1=backend.column_parallel_linear(), linear_fc2=backend.row_parallel_linear()
+    )
+    return ModuleSpec(module=MLPMixer, submodules=submodules)

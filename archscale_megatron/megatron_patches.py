@@ -1,0 +1,231 @@
+"""Every patch of Megatron, in one place. Read against megatron-core 0.19.2.
+
+An entry script calls `apply()` after `cpu.install()` and before it builds anything.
+`tests/test_megatron_patches.py` holds a hash of each patched function: a new release of Megatron fails there,
+and names the patch to read again.
+"""
+
+import queue
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from archscale_megatron import cpu
+
+OptimizerOverrides = Callable[[Namespace, Any], dict[Any, Any]]
+"""(Megatron's arguments, its OptimizerConfig) -> {ParamKey: ParamGroupOverride}"""
+
+_applied = False
+_optimizer_overrides: OptimizerOverrides | None = None
+
+
+def apply() -> None:
+    """Patch Megatron in this process; a second call does nothing."""
+    global _applied
+    if _applied:
+        return
+    if cpu.ACTIVE:
+        _allow_no_cuda()
+        _data_loader_with_own_generator()
+        _save_copies_of_tensors()
+    _skip_compiled_helpers()
+    _adam_without_fused_libraries()
+    _synchronous_save_without_manager()
+    _optimizer_overrides_hook()
+    _layer_symbols()
+    _shared_state_between_stages()
+    _throughput_of_hybrid_models()
+    _applied = True
+
+
+def set_optimizer_overrides(function: OptimizerOverrides | None) -> None:
+    """Let `function` choose the parameter groups of the optimizer that `pretrain` builds.
+
+    What it returns replaces Megatron's standard overrides (no weight decay for biases and vectors,
+    `--decoupled-lr`); to add to them, start from
+    `megatron.core.optimizer.get_standard_config_overrides(config)`. None restores them.
+    """
+    global _optimizer_overrides
+    _optimizer_overrides = function
+
+
+def _allow_no_cuda() -> None:
+    """`initialize_megatron` refuses a machine without CUDA, and `pretrain` gives no way to allow it.
+
+    training/initialize.py:66 (the assertion). CPU only. The default of the argument is changed in the
+    function, not the function in its module, because several modules hold it by name.
+    """
+    from megatron.training.initialize import initialize_megatron
+
+    defaults = initialize_megatron.__defaults__
+    assert defaults is not None and defaults[0] is False, (
+        "allow_no_cuda=False is no longer the first argument"
+    )
+    initialize_megatron.__defaults__ = (True, *defaults[1:])
+
+
+def _data_loader_with_own_generator() -> None:
+    """The iterator of a data loader draws a seed from the CPU's generator, which is that of dropout here.
+
+    A resumed run makes its iterators after it has restored the random state, so that its dropout would not be
+    that of the run that was not stopped. training/datasets/data_samplers.py:19, used at
+    training/training.py:4569. CPU only.
+    """
+    import torch
+    from megatron.training import get_args, training
+
+    build = training.build_pretraining_data_loader
+
+    def build_pretraining_data_loader(dataset: Any, consumed_samples: int) -> Any:
+        loader = build(dataset, consumed_samples)
+        if isinstance(loader, torch.utils.data.DataLoader):
+            loader.generator = torch.Generator().manual_seed(get_args().seed)
+        return loader
+
+    training.build_pretraining_data_loader = build_pretraining_data_loader
+
+
+def _save_copies_of_tensors() -> None:
+    """An asynchronous save shares tensors on the CPU with the process that writes them, while training
+    changes them: the checkpoint mixes iterations.
+
+    core/dist_checkpointing/strategies/filesystem_async.py:114 (`prepare_write_data`, which copies only the
+    views among the CPU tensors). CPU only.
+    """
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    prepare = FileSystemWriterAsync.prepare_write_data
+
+    def prepare_write_data(self: FileSystemWriterAsync, plan: Any, planner: Any) -> None:
+        prepare(self, plan, planner)
+        self.write_buckets = [
+            (path, name, (data, [(item, tensor.clone()) for item, tensor in tensors]))
+            for path, name, (data, tensors) in self.write_buckets
+        ]
+
+    FileSystemWriterAsync.prepare_write_data = prepare_write_data
+
+
+def _skip_compiled_helpers() -> None:
+    """Rank 0 runs `make` for the dataset helpers. The wheel has them compiled, and no Makefile: exit 1.
+
+    core/datasets/utils.py:20, called at training/initialize.py:178. On a GPU as well.
+    """
+    from megatron.core.datasets import utils
+
+    make = utils.compile_helpers
+
+    def compile_helpers() -> None:
+        try:
+            import megatron.core.datasets.helpers_cpp  # noqa: F401
+        except ImportError:
+            make()
+
+    utils.compile_helpers = compile_helpers
+
+
+def _adam_without_fused_libraries() -> None:
+    """Without Transformer Engine and Apex, Megatron takes torch's AdamW and cannot load what it saved.
+
+    core/optimizer/distrib_optimizer.py:839 (`assert len(steps) == 1` on a state that is still empty), :1026
+    (one `step` tensor for all parameters), :1223 (KeyError 'step'). `FusedAdam` takes Apex's place, whose
+    state layout it has. core/optimizer/__init__.py:12-35, core/optimizer/distrib_optimizer.py:20-35. On a GPU
+    as well.
+    """
+    from megatron.core import optimizer
+    from megatron.core.optimizer import distrib_optimizer
+
+    from archscale_megatron.fused_adam import FusedAdam
+
+    if not optimizer.USING_PYTORCH_OPTIMIZER:
+        return
+    optimizer.Adam = distrib_optimizer.Adam = FusedAdam
+    optimizer.USING_PYTORCH_OPTIMIZER = False
+    distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
+
+
+def _synchronous_save_without_manager() -> None:
+    """A synchronous save writes in the calling process, but starts a multiprocessing manager for the result:
+    2 s with 1 rank and 11 s with 8, on 2 cores.
+
+    core/dist_checkpointing/strategies/torch.py:725 (`save`) and filesystem_async.py:53
+    (`get_write_results_queue`, called at :200). On a GPU as well. An asynchronous save keeps the manager.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+
+    original_save = TorchDistSaveShardedStrategy.save
+
+    def save(
+        self: TorchDistSaveShardedStrategy, sharded_state_dict: dict[str, Any], checkpoint_dir: Path
+    ) -> None:
+        manager_queue = filesystem_async.get_write_results_queue
+        filesystem_async.get_write_results_queue = lambda mp_mode="spawn": queue.Queue()
+        try:
+            original_save(self, sharded_state_dict, checkpoint_dir)
+        finally:
+            filesystem_async.get_write_results_queue = manager_queue
+
+    TorchDistSaveShardedStrategy.save = save
+
+
+def _optimizer_overrides_hook() -> None:
+    """`pretrain` builds the optimizer's overrides itself and takes none from its caller.
+
+    training/training.py:1962 (`get_megatron_optimizer_config`), used at :2117. On a GPU as well.
+    """
+    from megatron.training import training
+
+    standard = training.get_megatron_optimizer_config
+
+    def get_megatron_optimizer_config(args: Namespace) -> tuple[Any, dict[Any, Any]]:
+        config, overrides = standard(args)
+        return config, overrides if _optimizer_overrides is None else _optimizer_overrides(args, config)
+
+    training.get_megatron_optimizer_config = get_megatron_optimizer_config
+
+
+def _layer_symbols() -> None:
+    """Layer patterns may hold our symbols besides Megatron's.
+
+    core/models/hybrid/hybrid_layer_allocation.py:24 (`Symbols.VALID_LAYERS`). On a GPU as well.
+    """
+    from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
+
+    from archscale_megatron.archs.architecture import SYMBOLS
+
+    Symbols.VALID_LAYERS |= set(SYMBOLS)
+
+
+def _shared_state_between_stages() -> None:
+    """The schedules make their own point-to-point communicator, for hidden states alone. `pretrain` would
+    take ours, but wants it before there are process groups to make it from.
+
+    core/pipeline_parallel/schedules.py:1025 and :2169 (`P2PCommunicator`). On a GPU as well.
+    """
+    from megatron.core.pipeline_parallel import schedules
+
+    from archscale_megatron.model.pipeline import SharedStateCommunicator
+
+    schedules.P2PCommunicator = SharedStateCommunicator
+
+
+def _throughput_of_hybrid_models() -> None:
+    """Megatron counts the FLOPs of its own layers, and does not log tokens per second.
+
+    training/training.py:390 (`num_floating_point_operations`) and :2568 (`training_log`). On a GPU as well.
+    """
+    from megatron.training import training
+
+    from archscale_megatron.training import throughput
+
+    original_log = training.training_log
+
+    def training_log(*args: Any, is_first_iteration: bool = False, **kwargs: Any) -> Any:
+        iteration = args[3]
+        throughput.log_tokens_per_second(iteration, is_first_iteration)
+        return original_log(*args, is_first_iteration=is_first_iteration, **kwargs)
+
+    training.num_floating_point_operations = throughput.model_flops
+    training.training_log = training_log

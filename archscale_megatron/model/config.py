@@ -1,0 +1,40 @@
+"""Megatron's transformer config, plus which architecture it belongs to and how that is cut into stages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from archscale_megatron.archs.architecture import Architecture, Payload
+from archscale_megatron.model.payload import packed_width
+from archscale_megatron.model.pipeline import payloads
+
+
+@dataclass
+class HybridConfig(TransformerConfig):
+    """
+    Attributes:
+        architecture: what the model is.
+        layer_pattern: `architecture.pattern` with a pipe at each boundary of (virtual) pipeline stages.
+    """
+
+    architecture: Architecture | None = None
+    layer_pattern: str = ""
+
+    @property
+    def boundary_payloads(self) -> list[Payload]:
+        """What crosses each boundary, in order."""
+        assert self.architecture is not None
+        return payloads(self.architecture, self.layer_pattern)
+
+    def boundary_width(self, payload: Payload) -> int:
+        """Channels of the tensor that carries `payload` over a boundary (see `model.payload`).
+
+        Each boundary has its own width in 1F1B. The interleaved schedule passes all boundaries through
+        one call, so there all are as wide as the widest.
+        """
+        assert self.architecture is not None
+        interleaved = self.virtual_pipeline_model_parallel_size is not None
+        candidates = self.boundary_payloads if interleaved else [payload]
+        return max(packed_width(self.architecture, p, self) for p in candidates)

@@ -1,0 +1,101 @@
+"""Initial values of parameters: one global draw each, the same at every parallel layout.
+
+Standard parametrisation (SP) as ArchScale e77b786 initialises it; arXiv 2507.06607, Table 6:
+
+    embedding                  N(0, 0.02^2) tied, N(0, 1e-4^2) untied
+    output layer, matrices     N(0, 0.02^2)
+    a layer's last projection  N(0, 0.02^2) / sqrt(2 depth)
+    causal conv                U(-1/sqrt(kernel), 1/sqrt(kernel))
+    A_log, D                   log(1..state size), 1
+    dt_proj.bias               softplus^-1 of a step size drawn log-uniformly from [1e-3, 0.1], at least 1e-4
+    norms, other biases        1, 0
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+
+import torch
+from megatron.core import parallel_state
+from torch import Generator, Tensor, nn
+
+from archscale_megatron.archs.architecture import Architecture
+
+LAST_PROJECTIONS = ("out_proj.weight", "linear_proj.weight", "linear_fc2.weight")
+VOCABULARY_BLOCK = (
+    64  # rows of vocabulary-sized parameters are drawn in blocks, so that padding does not change the others
+)
+
+
+def named_global_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters with layers numbered as in the whole model; tied output weights are the embedding."""
+    layers = {f"decoder.layers.{i}.": layer.layer_number - 1 for i, layer in enumerate(model.decoder.layers)}
+    for name, parameter in model.named_parameters():
+        for prefix, number in layers.items():
+            if name.startswith(prefix):
+                name = f"decoder.layers.{number}.{name.removeprefix(prefix)}"
+                break
+        if name == "output_layer.weight" and model.share_embeddings_and_output_weights:
+            name = "embedding.word_embeddings.weight"
+        yield name, parameter
+
+
+@torch.no_grad()
+def initialize_parameters(model: nn.Module, arch: Architecture, seed: int) -> None:
+    """Give every parameter of this rank its part of the global draw that `seed` and its name decide."""
+    for name, parameter in named_global_parameters(model):
+        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+        generator = torch.Generator(device=parameter.device).manual_seed(int.from_bytes(digest[:7]))
+        size, rank = _partition(parameter)
+        shape = list(parameter.shape)
+        if size > 1:
+            shape[parameter.partition_dim] *= size
+        values = initial_values(name, tuple(shape), arch, generator)
+        if size > 1:
+            values = partition(values, parameter.partition_dim, parameter.partition_stride, size, rank)
+        parameter.copy_(values)
+
+
+def initial_values(name: str, shape: tuple[int, ...], arch: Architecture, generator: Generator) -> Tensor:
+    """The whole parameter `name`, fp32, on the generator's device."""
+    values = torch.empty(shape, device=generator.device)
+    if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+        std = 0.02 if arch.tied_embeddings or name.startswith("output_layer") else 1e-4
+        for rows in values.split(VOCABULARY_BLOCK):
+            rows.normal_(0.0, std, generator=generator)
+        return values
+    if "norm" in name or name.endswith("mixer.D"):
+        return values.fill_(0.0 if name.endswith("bias") else 1.0)
+    if name.endswith("A_log"):
+        return values.copy_(torch.arange(1, shape[1] + 1, device=values.device).log())
+    if name.endswith("dt_proj.bias"):
+        step = values.uniform_(math.log(1e-3), math.log(0.1), generator=generator).exp_().clamp_(min=1e-4)
+        return step + torch.log(-torch.expm1(-step))
+    if ".conv1d." in name:
+        bound = arch.conv_kernel**-0.5
+        return values.uniform_(-bound, bound, generator=generator)
+    if name.endswith("bias"):
+        return values.zero_()
+    std = 0.02 / math.sqrt(2 * arch.depth) if name.endswith(LAST_PROJECTIONS) else 0.02
+    return values.normal_(0.0, std, generator=generator)
+
+
+def partition(values: Tensor, dim: int, stride: int, size: int, rank: int) -> Tensor:
+    """What rank `rank` of `size` holds of a whole parameter.
+
+    `stride` is how many equal blocks lie behind each other along `dim` (SwiGLU's gate and up, Mamba's x
+    and z); a rank holds its slice of each.
+    """
+    blocks = values.chunk(stride, dim)
+    return torch.cat([block.chunk(size, dim)[rank] for block in blocks], dim)
+
+
+def _partition(parameter: nn.Parameter) -> tuple[int, int]:
+    if not getattr(parameter, "tensor_model_parallel", False):
+        return 1, 0
+    return (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_tensor_model_parallel_rank(),
+    )

@@ -1,0 +1,188 @@
+"""Causal attention: full or sliding window, grouped heads, packed documents, memory linear in length."""
+
+import functools
+import importlib.util
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from archscale_megatron.ops.documents import check_document_starts, cumulative_lengths
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    softmax_scale: float,
+    window: int | None = None,
+    document_starts: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """softmax(softmax_scale * Q K^T) V over the tokens that each token may see: itself and those before it.
+
+    flash-attn computes it where installed, for fp16 and bf16 on a GPU; torch's scaled_dot_product_attention
+    elsewhere. No [s, s] matrix is made, with one exception: torch has no fused kernel for dropout on a CPU, so
+    full attention with `dropout_p` > 0 keeps its probabilities there.
+
+    Args:
+        query: [s, b, n_q, d].
+        key: [s, b, n_kv, d]; query head i reads head i // (n_q // n_kv).
+        value: [s, b, n_kv, d_v]; d_v need not be d (differential attention has d_v = 2 d).
+        softmax_scale: factor of the logits.
+        window: number of tokens seen, the own one included; None for all.
+        document_starts: bool [s, b], True at a document's first token: no token sees beyond its document.
+        dropout_p: probability with which an attention weight is dropped.
+
+    Returns:
+        [s, b, n_q, d_v] in the dtype of query.
+
+    Raises:
+        ValueError: shapes that do not fit, a window below 1, or document_starts that is not bool [s, b].
+    """
+    _check_arguments(query, key, value, window, document_starts)
+    s, d_v = query.shape[0], value.shape[-1]
+    if window is not None and window >= s:
+        window = None
+    # Fused kernels want equal head dimensions. Zeros add nothing to a logit, and make output columns to cut off.
+    head_dim = max(query.shape[-1], d_v)
+    query, key, value = (_widen(x, head_dim) for x in (query, key, value))
+
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    attend = _flash_attn if query.is_cuda and half and _flash_attn_installed() else _torch
+    return attend(query, key, value, softmax_scale, window, document_starts, dropout_p)[..., :d_v]
+
+
+def _check_arguments(
+    query: Tensor, key: Tensor, value: Tensor, window: int | None, document_starts: Tensor | None
+) -> None:
+    shapes = f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
+    if not query.dim() == key.dim() == value.dim() == 4:
+        raise ValueError(f"{shapes}: give [s, b, heads, head_dim] for each")
+    s, b, n_q, d = query.shape
+    n_kv = key.shape[2]
+    if key.shape != (s, b, n_kv, d) or value.shape[:3] != key.shape[:3] or n_kv == 0 or n_q % n_kv:
+        raise ValueError(
+            f"{shapes}: give query [s, b, n_q, d], key [s, b, n_kv, d], value [s, b, n_kv, d_v], "
+            "n_q a multiple of n_kv"
+        )
+    if window is not None and window < 1:
+        raise ValueError(
+            f"window {window}: give the number of tokens seen, own one included, at least 1, or None"
+        )
+    if document_starts is not None:
+        check_document_starts(document_starts, s, b)
+
+
+def _widen(x: Tensor, head_dim: int) -> Tensor:
+    missing = head_dim - x.shape[-1]
+    return F.pad(x, (0, missing)) if missing else x
+
+
+@functools.cache
+def _flash_attn_installed() -> bool:
+    # Not try/except: an installed package that fails to load must be heard of.
+    return importlib.util.find_spec("flash_attn") is not None
+
+
+def _flash_attn(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    softmax_scale: float,
+    window: int | None,
+    document_starts: Tensor | None,
+    dropout_p: float,
+) -> Tensor:
+    from flash_attn import flash_attn_func, flash_attn_varlen_func
+
+    s, b = query.shape[:2]
+    query, key, value = (x.transpose(0, 1) for x in (query, key, value))  # [b, s, heads, head_dim]
+    options: dict[str, Any] = {
+        "dropout_p": dropout_p,
+        "softmax_scale": softmax_scale,
+        "causal": True,
+        "window_size": (-1, -1) if window is None else (window - 1, 0),
+    }
+    if document_starts is None:
+        return flash_attn_func(query, key, value, **options).transpose(0, 1)
+    ends = cumulative_lengths(document_starts)
+    packed = (x.flatten(0, 1) for x in (query, key, value))
+    return flash_attn_varlen_func(*packed, ends, ends, s, s, **options).unflatten(0, (b, s)).transpose(0, 1)
+
+
+def _torch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    softmax_scale: float,
+    window: int | None,
+    document_starts: Tensor | None,
+    dropout_p: float,
+) -> Tensor:
+    options = {"scale": softmax_scale, "dropout_p": dropout_p}
+    if document_starts is None:
+        return _one_document(query, key, value, window, options)
+    s, b = query.shape[:2]
+    lengths = cumulative_lengths(document_starts).diff().tolist()
+    # One split of the whole batch, so that the backward pass is one concatenation, not a sum over documents.
+    documents = zip(
+        *(x.transpose(0, 1).flatten(0, 1).unsqueeze(1).split(lengths) for x in (query, key, value)),
+        strict=True,
+    )
+    outputs = torch.cat([_one_document(q, k, v, window, options) for q, k, v in documents])
+    return outputs.squeeze(1).unflatten(0, (b, s)).transpose(0, 1)
+
+
+def _one_document(
+    query: Tensor, key: Tensor, value: Tensor, window: int | None, options: dict[str, float]
+) -> Tensor:
+    s, b, n_q, _ = query.shape
+    if window is None or window >= s:
+        return _full(query, key, value, options)
+    # The first `window` tokens see all that precedes them. Each later one sees exactly `window` tokens, so any
+    # block of later ones sees a run of keys through the same small mask.
+    head = _full(query[:window], key[:window], value[:window], options)
+    # Smaller blocks compute less in vain, larger ones fill the kernel: half a window was fastest.
+    block = min(max(64, window // 2), s - window)
+    run = window - 1 + block
+    missing = -(s - window) % block  # the last block's padding follows all real tokens: they do not see it
+    query, key, value = (
+        F.pad(x, (0, 0, 0, 0, 0, 0, 0, missing)) if missing else x
+        for x in (query[window:], key[1:], value[1:])
+    )
+    mask = torch.ones(block, run, dtype=torch.bool, device=query.device).triu().tril(window - 1)
+    tail = _sdpa(
+        _runs(query, block, block),
+        _runs(key, run, block),
+        _runs(value, run, block),
+        attn_mask=mask,
+        **options,
+    )
+    tail = tail.transpose(1, 2).flatten(0, 1).unflatten(1, (b, n_q))
+    return torch.cat([head, tail[: s - window]])
+
+
+def _full(query: Tensor, key: Tensor, value: Tensor, options: dict[str, float]) -> Tensor:
+    query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+    return _sdpa(query, key, value, is_causal=True, **options).permute(2, 0, 1, 3)
+
+
+def _runs(x: Tensor, length: int, step: int) -> Tensor:
+    """Overlapping runs of tokens [runs, b * heads, length, head_dim], as a view of x [s, b, heads, head_dim].
+
+    Batch rows become heads, which keeps the grouping: query head i of row r is r n_q + i, and its key head
+    r n_kv + i // group is (r n_q + i) // group.
+    """
+    return x.flatten(1, 2).unfold(0, length, step).transpose(2, 3)
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    """scaled_dot_product_attention of [batch, heads, tokens, head_dim], each key head serving a group."""
+    group = query.shape[1] // key.shape[1]
+    on_cpu = query.device.type == "cpu"
+    if group > 1 and not on_cpu:  # without this, GPUs have no fused kernel for groups with a mask or fp32
+        key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
+    return F.scaled_dot_product_attention(query, key, value, enable_gqa=on_cpu, **options)

@@ -1,0 +1,34 @@
+"""Where documents begin in a packed sequence, in the forms that kernels ask for.
+
+Everywhere here `document_starts` is bool [s, b], True at the first token of each document. Position 0 begins
+a document whether it is marked or not.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def check_document_starts(document_starts: Tensor, s: int, b: int) -> None:
+    """Raise ValueError unless `document_starts` is bool [s, b]."""
+    if document_starts.dtype != torch.bool or document_starts.shape != (s, b):
+        raise ValueError(
+            f"document_starts is {document_starts.dtype} {list(document_starts.shape)}; "
+            f"give torch.bool [s, b] = [{s}, {b}]"
+        )
+
+
+def cumulative_lengths(document_starts: Tensor) -> Tensor:
+    """Document boundaries of the batch's rows laid end to end: int32 [documents + 1], from 0 to b * s.
+
+    On a GPU this waits for the device, as the number of documents is the size of the result.
+    """
+    starts = document_starts.t().clone()
+    starts[:, 0] = True
+    return F.pad(starts.flatten().nonzero().flatten(), (0, 1), value=starts.numel()).int()
+
+
+def document_ids(document_starts: Tensor) -> Tensor:
+    """Number of the document that each token belongs to, from 0 in every row: int32 [s, b]."""
+    ids = document_starts.cumsum(0, dtype=torch.int32)
+    return ids - ids[:1]  # position 0 is document 0, marked or not

@@ -1,0 +1,255 @@
+"""Command-line arguments: Megatron's, and one group of ours that says what the model is.
+
+`--train-model F --depth D` sets every dimension. A Megatron flag that says otherwise is an error; a layout that
+the model cannot have is one too, before any process group is made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from typing import Any
+
+from archscale_megatron import cpu
+from archscale_megatron.archs.architecture import PIPE, Architecture
+from archscale_megatron.archs.families import FAMILIES, build_architecture
+from archscale_megatron.model.pipeline import split_by_compute
+
+VOCABULARY_MULTIPLE = 64  # ArchScale's padding
+
+# Megatron's attribute -> what a family's models need there. None: the option does not apply to them.
+FIXED: dict[str, Any] = {
+    "swiglu": True, "normalization": "RMSNorm", "add_bias_linear": False, "add_qkv_bias": False,
+    "group_query_attention": True, "context_parallel_size": 1,
+    "qk_layernorm": False, "qk_l2_norm": False, "attention_output_gate": False, "multi_latent_attention": False,
+    "use_mup": False, "window_size": None, "num_experts": None, "mtp_num_layers": None, "spec": None,
+    "squared_relu": False, "quick_geglu": False, "apply_layernorm_1p": False, "rotary_percent": 1.0,
+    "rotary_interleaved": False, "no_rope_freq": None, "softmax_type": "vanilla", "softmax_scale": None,
+}  # fmt: skip
+
+
+class ArgumentError(ValueError):
+    """A combination of arguments that cannot be; the message is one line for the user."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Our group. Everything else is Megatron's."""
+    group = parser.add_argument_group("archscale", "the architecture, and overrides of its family's numbers")
+    group.add_argument("--train-model", choices=sorted(FAMILIES), help="architecture family (required)")
+    group.add_argument("--depth", type=int, help="layers, each a mixer and an MLP (required)")
+    group.add_argument("--aspect-ratio", type=int, help="hidden size / depth")
+    group.add_argument("--head-dim", type=int, help="size of an attention head (128)")
+    group.add_argument("--num-heads", type=int, help="attention heads (the depth)")
+    group.add_argument("--num-kv-heads", type=int, help="key-value heads (a quarter of the heads)")
+    group.add_argument("--local-window", type=int, help="tokens that sliding-window attention sees")
+    return parser
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Parse and check `sys.argv`, and make the result Megatron's global arguments.
+
+    Exits with code 2 and one line on standard error if something is wrong.
+    """
+    from megatron.training.arguments import parse_args, validate_args
+    from megatron.training.global_vars import set_global_variables
+
+    from archscale_megatron.data.datasets import check_data
+    from archscale_megatron.training.run_directory import check_run_directories
+
+    parsers: list[argparse.ArgumentParser] = []
+
+    def provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        parsers.append(parser)
+        return add_arguments(parser)
+
+    args = parse_args(provider)
+    try:
+        apply_arguments(args, explicit_options(parsers[0]))
+        check_data(args)
+        check_run_directories(args)
+        validate_args(args)
+        set_global_variables(args)
+        check_tokenizer(args)
+    except (ArgumentError, AssertionError, FileNotFoundError, ValueError) as error:
+        if args.rank == 0:
+            print(f"pretrain_archscale: error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    return args
+
+
+def explicit_options(parser: argparse.ArgumentParser) -> dict[str, str]:
+    """Attribute -> option, of all options that stand on the command line."""
+    given = {word.split("=")[0] for word in sys.argv[1:] if word.startswith("--")}
+    return {a.dest: o for a in parser._actions for o in a.option_strings if o in given}
+
+
+def apply_arguments(args: argparse.Namespace, explicit: dict[str, str]) -> None:
+    """Set Megatron's arguments to what the architecture, the layout and the machine need.
+
+    Args:
+        args: as Megatron parsed them; changed in place, `args.architecture` is new.
+        explicit: what the user gave (see `explicit_options`).
+    Raises:
+        ArgumentError: something contradicts something else.
+    """
+    for name in ("train_model", "depth", "seq_length", "micro_batch_size"):
+        if getattr(args, name) is None:
+            raise ArgumentError(f"--{name.replace('_', '-')} is required")
+    try:
+        arch = args.architecture = build_architecture(
+            args.train_model,
+            args.depth,
+            aspect_ratio=args.aspect_ratio,
+            head_dim=args.head_dim,
+            num_heads=args.num_heads,
+            num_kv_heads=args.num_kv_heads,
+            local_window=args.local_window,
+            rotary_base=args.rotary_base if "rotary_base" in explicit else None,
+            vocab_size=args.vocab_size or 32000,
+            tied_embeddings=not args.untie_embeddings_and_output_weights,
+        )
+    except ValueError as error:
+        raise ArgumentError(str(error)) from None
+    _refuse_contradictions(args, arch, explicit)
+    _check_layout(args, arch)
+    for name, value in _defaults().items():
+        if name not in explicit:
+            setattr(args, name, value)
+    _set_dimensions(args, arch)
+    args.hybrid_layer_pattern = _layer_pattern(args, arch)
+
+
+def check_tokenizer(args: argparse.Namespace) -> None:
+    """Raises ArgumentError if the tokenizer has ids that the model has no embedding for."""
+    from megatron.training import get_tokenizer
+
+    size = get_tokenizer().vocab_size
+    if size > args.architecture.vocab_size:
+        raise ArgumentError(
+            f"the tokenizer {args.tokenizer_model or args.tokenizer_type} has {size} tokens, the model "
+            f"{args.architecture.vocab_size}: give --vocab-size {size} or more"
+        )
+
+
+def _refuse_contradictions(args: argparse.Namespace, arch: Architecture, explicit: dict[str, str]) -> None:
+    family = f"--train-model {arch.family} --depth {arch.depth}"
+    dimensions: dict[str, tuple[Any, str]] = {
+        "num_layers": (arch.depth, "--depth"),
+        "hidden_size": (arch.hidden_size, "--aspect-ratio"),
+        "ffn_hidden_size": (arch.ffn_hidden_size, "--aspect-ratio"),
+        "num_attention_heads": (arch.num_attention_heads, "--num-heads"),
+        "num_query_groups": (arch.num_query_groups, "--num-kv-heads"),
+        "kv_channels": (arch.head_dim, "--head-dim"),
+        "norm_epsilon": (arch.norm_epsilon, None),
+        "position_embedding_type": ("none" if arch.rotary_base is None else "rope", None),
+    }
+    for name, (value, ours) in (dimensions | {k: (v, None) for k, v in FIXED.items()}).items():
+        if name in explicit and getattr(args, name) != value:
+            advice = f"leave it out, or use {ours}" if ours else "leave it out"
+            raise ArgumentError(
+                f"{explicit[name]} {getattr(args, name)} contradicts {family}, which has {value}; {advice}"
+            )
+
+
+def _check_layout(args: argparse.Namespace, arch: Architecture) -> None:
+    tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    legal = arch.tensor_parallel_sizes()
+    if tp not in legal:
+        raise ArgumentError(
+            f"--tensor-model-parallel-size {tp}: {arch.family} at depth {arch.depth} has {arch.num_query_groups} "
+            f"key-value heads to split; use {', '.join(map(str, legal))}"
+        )
+    if args.world_size % (tp * pp):
+        raise ArgumentError(
+            f"{args.world_size} processes cannot be divided into tensor x pipeline parallel groups of {tp} x {pp}; "
+            f"start a multiple of {tp * pp}"
+        )
+    if args.sequence_parallel and args.seq_length % tp:
+        raise ArgumentError(
+            f"--seq-length {args.seq_length} with --sequence-parallel: must be a multiple of "
+            f"--tensor-model-parallel-size {tp}"
+        )
+    step = args.micro_batch_size * (args.world_size // (tp * pp))
+    if args.global_batch_size is not None and args.global_batch_size % step:
+        raise ArgumentError(
+            f"--global-batch-size {args.global_batch_size}: must be a multiple of micro batch x data parallel size, "
+            f"{args.micro_batch_size} x {step // args.micro_batch_size} = {step}"
+        )
+
+
+def _set_dimensions(args: argparse.Namespace, arch: Architecture) -> None:
+    for name, value in FIXED.items():
+        setattr(args, name, value)
+    args.fp32_residual_connection = args.bf16 or args.fp16  # without either, all is fp32
+    args.num_layers = len(arch.pattern)
+    args.hidden_size = arch.hidden_size
+    args.ffn_hidden_size = arch.ffn_hidden_size
+    args.num_attention_heads = arch.num_attention_heads
+    args.num_query_groups = arch.num_query_groups
+    args.kv_channels = arch.head_dim
+    args.norm_epsilon = args.layernorm_epsilon = arch.norm_epsilon
+    args.position_embedding_type = "none" if arch.rotary_base is None else "rope"
+    args.rotary_base = arch.rotary_base or args.rotary_base
+    args.vocab_size = arch.vocab_size
+    multiple = math.lcm(args.make_vocab_size_divisible_by, args.tensor_model_parallel_size)
+    args.padded_vocab_size = math.ceil(arch.vocab_size / multiple) * multiple
+    args.max_position_embeddings = args.max_position_embeddings or args.seq_length
+    args.perform_initialization = False  # ours does not depend on the layout (mup.initialization)
+
+
+def _layer_pattern(args: argparse.Namespace, arch: Architecture) -> str:
+    """The pattern with its pipeline boundaries: the user's, or placed by compute."""
+    pp = args.pipeline_model_parallel_size
+    given = args.hybrid_layer_pattern
+    virtual, args.num_virtual_stages_per_pipeline_rank = args.num_virtual_stages_per_pipeline_rank or 1, None
+    if given is not None:
+        if given.replace(PIPE, "") != arch.pattern:
+            raise ArgumentError(
+                f"--hybrid-layer-pattern {given} is not {arch.family} at depth {arch.depth}, which is {arch.pattern}; "
+                "it may only add pipeline boundaries, |"
+            )
+        segments = given.split(PIPE)
+        if "" in segments or len(segments) % pp:
+            raise ArgumentError(
+                f"--hybrid-layer-pattern {given}: {len(segments)} segments; it needs a multiple of "
+                f"--pipeline-model-parallel-size {pp}, none of them empty"
+            )
+        return given
+    if virtual > 1 and pp == 1:
+        raise ArgumentError(
+            f"--num-virtual-stages-per-pipeline-rank {virtual}: needs --pipeline-model-parallel-size of 2 or more"
+        )
+    try:
+        return split_by_compute(arch, pp * virtual, args.seq_length)
+    except ValueError as error:
+        raise ArgumentError(f"--pipeline-model-parallel-size {pp}: {error}") from None
+
+
+def _defaults() -> dict[str, Any]:
+    """What we choose where the user did not: ArchScale has no dropout, and a machine may lack fused kernels."""
+    defaults: dict[str, Any] = {
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "make_vocab_size_divisible_by": VOCABULARY_MULTIPLE,
+        "transformer_impl": "transformer_engine" if _installed("transformer_engine") else "local",
+        "gradient_accumulation_fusion": _installed("fused_weight_gradient_mlp_cuda"),
+        "masked_softmax_fusion": False,  # our attention has no separate softmax
+        "no_persist_layer_norm": True,
+    }
+    if cpu.ACTIVE:
+        defaults |= {
+            "distributed_backend": "gloo",
+            "transformer_impl": "local",
+            "gradient_accumulation_fusion": False,
+            "bias_swiglu_fusion": False,
+            "bias_dropout_fusion": False,
+            "apply_rope_fusion": False,
+        }
+    return defaults
+
+
+def _installed(module: str) -> bool:
+    from importlib.util import find_spec
+
+    return find_spec(module) is not None

@@ -1,0 +1,50 @@
+"""Pretrain an ArchScale model with Megatron's own training loop.
+
+    torchrun --nproc-per-node 8 pretrain_archscale.py --train-model sambay --depth 16 ...
+
+Megatron's flags all work; ours are the group `archscale` of `--help`. See examples/ for whole commands.
+"""
+
+from archscale_megatron import cpu
+
+# At the top level: Megatron's checkpoint worker imports this file again in a process of its own.
+cpu.install()
+
+from archscale_megatron import megatron_patches  # noqa: E402
+
+megatron_patches.apply()
+
+
+def main() -> None:
+    """Arguments, then providers, then `megatron.training.pretrain`."""
+    from archscale_megatron.training.arguments import parse_arguments
+
+    args = parse_arguments()
+
+    import torch.distributed as dist
+    from megatron.core.enums import ModelType
+    from megatron.training import inprocess_restart, pretrain
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+
+    from archscale_megatron.data.datasets import datasets_provider
+    from archscale_megatron.training.run_directory import write_architecture
+    from archscale_megatron.training.step import forward_step, model_provider
+
+    if args.save and args.rank == 0:
+        write_architecture(args.save, args.architecture)
+    run, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
+    run(
+        pretrain_cfg_container_from_args(args),
+        datasets_provider,
+        ModelType.encoder_or_decoder,
+        forward_step,
+        model_provider=model_provider,
+        store=store,
+    )
+    if dist.is_initialized():
+        dist.barrier()  # a rank that leaves early breaks the connections of the others
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""Parameter and FLOP counts against published numbers and against brute force."""
+
+import pytest
+
+from archscale_megatron.archs.architecture import Architecture
+from archscale_megatron.archs.counts import (
+    layer_flops,
+    non_embedding_parameters,
+    parameters,
+    training_flops,
+)
+from archscale_megatron.archs.families import build_architecture
+
+# Non-embedding / tied / untied, in millions, at vocabulary 32,000 (computed from ArchScale e77b786).
+PUBLISHED = {
+    "transformer": {
+        8: (121.7, 154.4, 187.2), 12: (410.6, 459.7, 508.9), 16: (973.1, 1038.7, 1104.2),
+        20: (1900.6, 1982.6, 2064.5), 24: (3284.3, 3382.6, 3480.9),
+    },
+    "samba": {
+        8: (125.7, 156.9, 188.2), 12: (423.8, 470.6, 517.5), 16: (1003.8, 1066.3, 1128.8),
+        20: (1960.0, 2038.0, 2116.1), 24: (3385.9, 3479.6, 3573.3),
+    },
+    "sambay": {
+        8: (126.9, 158.6, 190.3), 12: (424.6, 472.2, 519.8), 16: (1002.3, 1065.8, 1129.3),
+        20: (1952.9, 2032.3, 2111.6), 24: (3369.2, 3464.4, 3559.6),
+    },
+}  # fmt: skip
+EXACT = {
+    "sambay": {8: 126852000, 12: 424593360, 16: 1002330688, 20: 1952903280, 24: 3369150432},
+    "transformer": {8: 121652224, 12: 410555904, 16: 973146112, 20: 1900648960, 24: 3284290560},
+}
+
+
+@pytest.mark.parametrize("family", PUBLISHED)
+@pytest.mark.parametrize("depth", [8, 12, 16, 20, 24])
+def test_published_counts(family: str, depth: int) -> None:
+    tied, untied = (build_architecture(family, depth, tied_embeddings=t) for t in (True, False))
+    counts = (non_embedding_parameters(tied), parameters(tied), parameters(untied))
+    assert tuple(round(c / 1e6, 1) for c in counts) == PUBLISHED[family][depth]
+    assert EXACT.get(family, {}).get(depth, counts[0]) == counts[0]
+
+
+@pytest.mark.parametrize(
+    ("depth", "pattern"),
+    [(8, "m-W-m-W-m-*-U-X-"), (12, "m-W-m-W-m-W-m-*-U-X-U-X-"), (4, "m-W-m-*-")],
+)
+def test_sambay_pattern(depth: int, pattern: str) -> None:
+    assert build_architecture("sambay", depth).pattern == pattern
+
+
+def test_shared_state_of_sambay() -> None:
+    arch = build_architecture("sambay", 16)
+    assert (arch.memory_writer, arch.kv_writer) == (2 * 8, 2 * 9)  # layers L/2 and L/2+1
+    payloads = [arch.payload_after(i) for i in range(32)]
+    assert payloads[15] == ()
+    assert payloads[16] == payloads[17] == ("memory",)
+    assert payloads[18] == payloads[27] == ("memory", "kv")
+    assert payloads[28] == ("kv",)  # layer 14 is the last GMU
+    assert payloads[30] == ()
+    assert arch.payload_size(("memory", "kv")) == 2 * arch.hidden_size + 2 * 4 * 128
+
+
+@pytest.mark.parametrize(("depth", "sizes"), [(8, [1, 2]), (12, [1, 3]), (16, [1, 2, 4]), (24, [1, 2, 3, 6])])
+def test_tensor_parallel_sizes(depth: int, sizes: list[int]) -> None:
+    assert build_architecture("sambay", depth).tensor_parallel_sizes() == sizes
+
+
+def test_attention_flops_count_every_visible_pair() -> None:
+    arch: Architecture = build_architecture("samba", 8, local_window=5)
+    length = 12
+    pairs = sum(1 for i in range(length) for j in range(length) if 0 <= i - j < 5)
+    projections = 2 * (
+        arch.hidden_size * (arch.query_size + 2 * arch.kv_size) + arch.query_size * arch.hidden_size
+    )
+    assert layer_flops(arch, "W", length) == pytest.approx(projections + 4 * arch.query_size * pairs / length)
+
+
+def test_training_flops_is_six_per_parameter_and_attention() -> None:
+    arch = build_architecture("transformer", 16)
+    matrices = parameters(arch) - arch.hidden_size * (2 * 16 + 1)  # all but the norms
+    scores = 3 * 16 * 4 * arch.query_size * (4096 + 1) / 2
+    assert training_flops(arch, 4096) == pytest.approx(6 * matrices + scores)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("sambaz", 16), "unknown family; known are samba, sambay, transformer"),
+        (("sambay", 10), "multiple of 4; the nearest: 8, 12"),
+        (("samba", 7), "multiple of 2; the nearest: 6, 8"),
+        (("transformer", 14), "14 attention heads cannot share 3 key-value heads"),
+        (("transformer", 0), "--depth 0: must be a positive integer"),
+    ],
+)
+def test_illegal_architectures_name_the_legal_ones(arguments: tuple[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_architecture(*arguments)

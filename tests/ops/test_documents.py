@@ -1,0 +1,23 @@
+"""Forms of document starts, against what a person writes down."""
+
+import pytest
+import torch
+
+from archscale_megatron.ops.documents import check_document_starts, cumulative_lengths, document_ids
+
+
+@pytest.mark.parametrize("first_marked", [True, False])
+def test_boundaries_and_ids(first_marked: bool) -> None:
+    starts = torch.tensor([[first_marked, 0, 1, 1, 0], [first_marked, 0, 0, 0, 1]], dtype=torch.bool).t()
+    given = starts.clone()
+    ends = cumulative_lengths(starts)
+    assert ends.dtype == torch.int32 and ends.tolist() == [0, 2, 3, 5, 9, 10]
+    ids = document_ids(starts)
+    assert ids.dtype == torch.int32 and ids.t().tolist() == [[0, 0, 1, 2, 2], [0, 0, 0, 0, 1]]
+    assert torch.equal(starts, given)
+
+
+@pytest.mark.parametrize("starts", [torch.zeros(4, 2), torch.zeros(2, 4, dtype=torch.bool)])
+def test_wrong_starts_are_refused(starts: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"give torch.bool \[s, b\] = \[4, 2\]"):
+        check_document_starts(starts, 4, 2)
