@@ -71,9 +71,7 @@ class _AttentionMixer(Attention):
     def _rotate(self, x: Tensor, context: SequenceContext) -> Tensor:
         if context.rotary_pos_emb is None:
             return x
-        return apply_rotary_pos_emb(
-            x, context.rotary_pos_emb, config=self.config, cp_group=self.pg_collection.cp
-        )
+        return apply_rotary_pos_emb(x, context.rotary_pos_emb, config=self.config, cp_group=self.pg_collection.cp)
 
 
 class SelfAttentionMixer(SelfAttention, _AttentionMixer):
@@ -115,9 +113,7 @@ class CrossAttentionMixer(_AttentionMixer):
         pg_collection: ProcessGroupCollection,
         writes_state: bool,
     ) -> None:
-        super().__init__(
-            config, submodules, layer_number, AttnMaskType.causal, "cross", pg_collection=pg_collection
-        )
+        super().__init__(config, submodules, layer_number, AttnMaskType.causal, "cross", pg_collection=pg_collection)
         self.linear_q = submodules.linear_q(
             config.hidden_size,
             self.query_projection_size,

@@ -176,8 +176,6 @@ def mamba1_spec(
     backend: BackendSpecProvider, d_inner: int, dt_rank: int, state_size: int, conv_kernel: int
 ) -> ModuleSpec:
     """The spec of a Mamba-1 layer's mixer."""
-    submodules = Mamba1MixerSubmodules(
-        in_proj=backend.column_parallel_linear(), out_proj=backend.row_parallel_linear()
-    )
+    submodules = Mamba1MixerSubmodules(in_proj=backend.column_parallel_linear(), out_proj=backend.row_parallel_linear())
     params = {"d_inner": d_inner, "dt_rank": dt_rank, "state_size": state_size, "conv_kernel": conv_kernel}
     return ModuleSpec(module=Mamba1Mixer, submodules=submodules, params=params)

@@ -24,9 +24,7 @@ class MLPMixer(MLP):
         writes_state: bool,
     ) -> None:
         del layer_number, writes_state
-        super().__init__(
-            config, submodules, ffn_hidden_size=config.ffn_hidden_size, tp_group=pg_collection.tp
-        )
+        super().__init__(config, submodules, ffn_hidden_size=config.ffn_hidden_size, tp_group=pg_collection.tp)
 
     def forward(
         self, hidden_states: Tensor, state: SharedState, context: SequenceContext
@@ -36,7 +34,5 @@ class MLPMixer(MLP):
 
 def mlp_spec(backend: BackendSpecProvider) -> ModuleSpec:
     """The spec of an MLP layer's mixer."""
-    submodules = MLPSubmodules(
-        linear_fc1=backend.column_parallel_linear(), linear_fc2=backend.row_parallel_linear()
-    )
+    submodules = MLPSubmodules(linear_fc1=backend.column_parallel_linear(), linear_fc2=backend.row_parallel_linear())
     return ModuleSpec(module=MLPMixer, submodules=submodules)

@@ -66,6 +66,4 @@ class SharedStateCommunicator(P2PCommunicator):
             boundary = self.current_stage - 1 if recv_prev else self.current_stage
             payload = self.config.boundary_payloads[boundary]
             tensor_shape = (*tensor_shape[:2], self.config.boundary_width(payload))
-        return super()._communicate(
-            tensor_shape=tensor_shape, recv_prev=recv_prev, recv_next=recv_next, **kwargs
-        )
+        return super()._communicate(tensor_shape=tensor_shape, recv_prev=recv_prev, recv_next=recv_next, **kwargs)

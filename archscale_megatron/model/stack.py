@@ -85,9 +85,7 @@ class SharedStateStack(MegatronModule):
         the shared state elsewhere. Causality is the layers' own, so there is no attention mask."""
         state = SharedState()
         if not self.pre_process:
-            hidden_states, state = unpack(
-                self.input_tensor, self.payload_in, self.config.architecture, self.config
-            )
+            hidden_states, state = unpack(self.input_tensor, self.payload_in, self.config.architecture, self.config)
         context = SequenceContext(rotary_pos_emb=rotary_pos_emb)
         # Under sequence parallelism each rank drops its own tokens.
         fork = self.config.sequence_parallel and self.config.hidden_dropout > 0

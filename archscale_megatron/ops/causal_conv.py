@@ -47,15 +47,11 @@ def _check_arguments(
     x: Tensor, weight: Tensor, bias: Tensor | None, document_starts: Tensor | None, activation: str | None
 ) -> None:
     d = x.shape[-1]
-    if (
-        x.dim() != 3
-        or weight.dim() != 3
-        or weight.shape[:2] != (d, 1)
-        or (bias is not None and bias.shape != (d,))
-    ):
+    if x.dim() != 3 or weight.dim() != 3 or weight.shape[:2] != (d, 1) or (bias is not None and bias.shape != (d,)):
         raise ValueError(
             f"x {list(x.shape)}, weight {list(weight.shape)}, "
-            f"bias {None if bias is None else list(bias.shape)}: give x [s, b, d], weight [d, 1, k], bias [d] or None"
+            f"bias {None if bias is None else list(bias.shape)}: "
+            "give x [s, b, d], weight [d, 1, k], bias [d] or None"
         )
     if activation not in ("silu", None):
         raise ValueError(f"activation {activation!r}: give 'silu' or None")
@@ -72,7 +68,7 @@ def _causal_conv1d_installed() -> bool:
 def _cuda(
     x: Tensor, weight: Tensor, bias: Tensor | None, document_starts: Tensor | None, activation: str | None
 ) -> Tensor:
-    from causal_conv1d import causal_conv1d_fn
+    from causal_conv1d import causal_conv1d_fn  # type: ignore[import-not-found]
 
     seq_idx = None if document_starts is None else document_ids(document_starts).t().contiguous()
     # The kernel takes [b, d, s], and document ids only where d is the dense dimension, as it is here.

@@ -107,8 +107,6 @@ def loss_function(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, di
         for test, name in ((torch.isnan, "NaN"), (torch.isinf, "infinity")):
             validate(rejection_func=test, message=f"{name} in the loss of a micro-batch", fatal=True)
     if args.check_for_spiky_loss:
-        spike = partial(
-            get_rerun_state_machine().is_unexpectedly_large, threshold=SPIKE_FACTOR, context="loss"
-        )
+        spike = partial(get_rerun_state_machine().is_unexpectedly_large, threshold=SPIKE_FACTOR, context="loss")
         validate(rejection_func=spike, message="spiky loss", fatal=False)
     return loss, tokens, {"lm loss": torch.stack([loss.detach(), tokens.float()])}

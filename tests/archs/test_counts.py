@@ -70,9 +70,7 @@ def test_attention_flops_count_every_visible_pair() -> None:
     arch: Architecture = build_architecture("samba", 8, local_window=5)
     length = 12
     pairs = sum(1 for i in range(length) for j in range(length) if 0 <= i - j < 5)
-    projections = 2 * (
-        arch.hidden_size * (arch.query_size + 2 * arch.kv_size) + arch.query_size * arch.hidden_size
-    )
+    projections = 2 * (arch.hidden_size * (arch.query_size + 2 * arch.kv_size) + arch.query_size * arch.hidden_size)
     assert layer_flops(arch, "W", length) == pytest.approx(projections + 4 * arch.query_size * pairs / length)
 
 

@@ -87,9 +87,7 @@ def two_rows_of_documents(s: int) -> torch.Tensor:
 @pytest.mark.parametrize("heads", [(8, 2, 8, 16), (4, 4, 8, 8)])
 @pytest.mark.parametrize("window", [None, 1, 3, 20, 150])
 def test_documents(heads, window) -> None:
-    assert_matches_reference(
-        *inputs(200, 2, *heads), window=window, document_starts=two_rows_of_documents(200)
-    )
+    assert_matches_reference(*inputs(200, 2, *heads), window=window, document_starts=two_rows_of_documents(200))
 
 
 @pytest.mark.parametrize("window", [None, 20])
@@ -100,9 +98,7 @@ def test_every_document_equals_itself_alone(window) -> None:
     for row in range(2):
         bounds = sorted({0, 200, *starts[:, row].nonzero().flatten().tolist()})
         for begin, end in zip(bounds, bounds[1:], strict=False):
-            alone = attention(
-                *(x[begin:end, row : row + 1] for x in leaves), softmax_scale=0.3, window=window
-            )
+            alone = attention(*(x[begin:end, row : row + 1] for x in leaves), softmax_scale=0.3, window=window)
             torch.testing.assert_close(packed[begin:end, row : row + 1], alone, rtol=1e-6, atol=1e-6)
 
 
@@ -132,10 +128,7 @@ def test_dropout_drops_the_stated_share_and_keeps_the_mean(window) -> None:
     value = torch.eye(s).view(s, 1, 1, s)  # so that the output is the weights
     torch.manual_seed(0)
     samples = torch.stack(
-        [
-            attention(query, key, value, softmax_scale=1.0, window=window, dropout_p=0.25).squeeze()
-            for _ in range(400)
-        ]
+        [attention(query, key, value, softmax_scale=1.0, window=window, dropout_p=0.25).squeeze() for _ in range(400)]
     )
     plain = attention(query, key, value, softmax_scale=1.0, window=window).squeeze()
     visible = plain > 0

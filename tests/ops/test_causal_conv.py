@@ -124,6 +124,4 @@ def test_cuda_kernel_equals_the_loop(dtype, tolerance, with_documents) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     leaves, grad = inputs(30, 2, 64, 4, dtype, "cuda")
-    assert_matches_reference(
-        leaves, grad, tolerance, document_starts=starts_of(30).cuda() if with_documents else None
-    )
+    assert_matches_reference(leaves, grad, tolerance, document_starts=starts_of(30).cuda() if with_documents else None)

@@ -1,0 +1,243 @@
+"""Trains tiny models for two steps in the layouts that fit this world size, and saves what came out.
+
+torchrun --nproc-per-node N -m tests.parallel.worker DIRECTORY
+
+For each family and layout, rank 0 writes DIRECTORY/FAMILY.LAYOUT.safetensors with whole tensors, put together from all
+ranks: `loss.STEP`, `grad.STEP.NAME` (as the optimizer sees it) and `param.NAME` (after the steps).
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from archscale_megatron import cpu
+
+cpu.install()
+
+from archscale_megatron import megatron_patches  # noqa: E402
+
+megatron_patches.apply()
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from megatron.core import mpu  # noqa: E402
+from megatron.core.distributed import (  # noqa: E402
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
+from megatron.core.pipeline_parallel.schedules import get_forward_backward_func  # noqa: E402
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noqa: E402
+from megatron.core.transformer.module import Float16Module  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+from torch import Tensor  # noqa: E402
+from torch.nn import functional as F  # noqa: E402
+
+from archscale_megatron.archs.families import build_architecture  # noqa: E402
+from archscale_megatron.model.config import HybridConfig  # noqa: E402
+from archscale_megatron.model.spec import build_model  # noqa: E402
+from archscale_megatron.mup.initialization import named_global_parameters  # noqa: E402
+from tests.parallel.layouts import (  # noqa: E402
+    FAMILIES,
+    GLOBAL_BATCH,
+    LAYOUTS,
+    MICRO_BATCH,
+    REFERENCES,
+    SEQUENCE_LENGTH,
+    TINY,
+    Layout,
+    pattern_of,
+)
+
+STEPS = 2
+# Initial weights are scaled so that every layer counts, and no update is large beside its weight.
+WEIGHT_SCALE, UNTIED_EMBEDDING_SCALE = 3.0, 600.0
+
+
+def config_of(family: str, layout: Layout) -> HybridConfig:
+    """The transformer config that Megatron's arguments would make for this layout."""
+    arch = build_architecture(family, **TINY, tied_embeddings=layout.tied)
+    return HybridConfig(
+        num_layers=len(arch.pattern),
+        hidden_size=arch.hidden_size,
+        ffn_hidden_size=arch.ffn_hidden_size,
+        num_attention_heads=arch.num_attention_heads,
+        num_query_groups=arch.num_query_groups,
+        kv_channels=arch.head_dim,
+        layernorm_epsilon=arch.norm_epsilon,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        perform_initialization=False,
+        transformer_impl="local",
+        is_hybrid_model=True,
+        tensor_model_parallel_size=layout.tp,
+        sequence_parallel=layout.sp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        overlap_p2p_comm=layout.vpp > 1,
+        batch_p2p_comm=layout.vpp == 1,
+        bf16=layout.bf16,
+        params_dtype=torch.bfloat16 if layout.bf16 else torch.float32,
+        fp32_residual_connection=layout.bf16,
+        pipeline_dtype=torch.float32,
+        deallocate_pipeline_outputs=True,
+        architecture=arch,
+        layer_pattern=pattern_of(arch, layout),
+        **layout.config,
+    )
+
+
+def build_chunks(config: HybridConfig, layout: Layout) -> list[DistributedDataParallel]:
+    """This rank's model chunks (one a virtual stage), ready for the optimizer."""
+    ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
+    chunks = []
+    for v in range(layout.vpp):
+        stage = v if layout.vpp > 1 else None
+        model = build_model(
+            config,
+            padded_vocab_size=config.architecture.vocab_size,
+            max_sequence_length=SEQUENCE_LENGTH,
+            seed=1234,
+            pre_process=mpu.is_pipeline_first_stage(ignore_virtual=stage is None, vp_stage=stage),
+            post_process=mpu.is_pipeline_last_stage(ignore_virtual=stage is None, vp_stage=stage),
+            vp_stage=stage,
+        )
+        for name, parameter in model.named_parameters():
+            if name.endswith("weight") and "norm" not in name:
+                small = name.startswith("embedding") and not layout.tied
+                parameter.data.mul_(UNTIED_EMBEDDING_SCALE if small else WEIGHT_SCALE)
+        chunks.append(DistributedDataParallel(config, ddp, Float16Module(config, model) if layout.bf16 else model))
+    return chunks
+
+
+def forward_step(batches: Any, model: Any) -> tuple[Tensor, Any]:
+    """Mean loss of one micro-batch."""
+    tokens = next(batches)
+    positions = torch.arange(SEQUENCE_LENGTH).expand(len(tokens), -1)
+    losses = model(tokens[:, :-1], positions, None, labels=tokens[:, 1:])
+    return losses, lambda out: (out.mean(), {"loss": out.detach().float().mean()})
+
+
+def unwrap(chunk: DistributedDataParallel) -> Any:
+    module = chunk.module
+    return module.module if isinstance(module, Float16Module) else module
+
+
+def train(family: str, layout: Layout) -> dict[str, Tensor]:
+    """Two steps; the whole tensors of this run, on rank 0."""
+    config = config_of(family, layout)
+    config.finalize_model_grads_func = finalize_model_grads
+    chunks = build_chunks(config, layout)
+    # A large epsilon makes the update a smooth function of the gradient: otherwise the sign of a gradient that is all
+    # but zero decides a whole step.
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam", lr=1e-3, weight_decay=0.1, adam_eps=1e-4, clip_grad=1.0,
+            use_distributed_optimizer=True, bf16=layout.bf16, params_dtype=config.params_dtype,
+        ),
+        chunks,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(5)
+    run: dict[str, Tensor] = {}
+    for step in range(STEPS):
+        tokens = torch.randint(TINY["vocab_size"], (GLOBAL_BATCH, SEQUENCE_LENGTH + 1), generator=generator)
+        micro_batches = tokens.split(MICRO_BATCH)[mpu.get_data_parallel_rank() :: layout.dp]
+        for chunk in chunks:
+            chunk.zero_grad_buffer()
+        optimizer.zero_grad()
+        losses = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=[iter(micro_batches) for _ in chunks] if layout.vpp > 1 else iter(micro_batches),
+            model=chunks if layout.vpp > 1 else chunks[0],
+            num_microbatches=len(micro_batches),
+            seq_length=SEQUENCE_LENGTH,
+            micro_batch_size=MICRO_BATCH,
+            forward_only=False,
+        )
+        run[f"loss.{step}"] = mean_loss(losses)
+        gather_gradient_shards(chunks)
+        run |= whole_tensors(chunks, f"grad.{step}.", lambda p: p.main_grad)
+        optimizer.step()
+    return run | whole_tensors(chunks, "param.", lambda p: p.data)
+
+
+def mean_loss(losses: list[dict[str, Tensor]]) -> Tensor:
+    """The mean over micro-batches and data-parallel ranks, on every rank."""
+    total = torch.zeros(2)
+    if losses and mpu.get_tensor_model_parallel_rank() == 0:
+        total = torch.tensor([sum(x["loss"].item() for x in losses), len(losses)])
+    dist.all_reduce(total)
+    return total[0] / total[1]
+
+
+def gather_gradient_shards(chunks: list[DistributedDataParallel]) -> None:
+    """The distributed optimizer leaves each data-parallel rank one shard of each reduced bucket."""
+    group = mpu.get_data_parallel_group(with_context_parallel=True)
+    for chunk in chunks:
+        for buffer in chunk.buffers:
+            for bucket in buffer.buckets:
+                shard = bucket.grad_data.chunk(group.size())[group.rank()].clone()
+                dist.all_gather_into_tensor(bucket.grad_data, shard, group=group)
+
+
+def whole_tensors(chunks: list[DistributedDataParallel], prefix: str, value: Any) -> dict[str, Tensor]:
+    """Every parameter's tensor put together from all ranks, on rank 0 (elsewhere an empty dictionary).
+
+    Copies that must agree are checked to agree bit for bit: data-parallel replicas, tensor-parallel replicas, and the
+    two copies of a tied embedding.
+    """
+    local = {}
+    for chunk in chunks:
+        for name, parameter in named_global_parameters(unwrap(chunk)):
+            split = getattr(parameter, "tensor_model_parallel", False)
+            layout = (parameter.partition_dim, parameter.partition_stride) if split else None
+            local[name] = (layout, mpu.get_tensor_model_parallel_rank(), value(parameter).detach().float().clone())
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, local)
+    shards: dict[str, dict[int, Tensor]] = {}
+    layouts: dict[str, tuple[int, int] | None] = {}
+    for rank_dict in everywhere:
+        for name, (layout, tp_rank, tensor) in rank_dict.items():
+            layouts[name] = layout
+            key = tp_rank if layout else 0
+            known = shards.setdefault(name, {}).setdefault(key, tensor)
+            assert torch.equal(known, tensor), f"{prefix}{name}: two copies differ"
+    if dist.get_rank():
+        return {}
+    return {prefix + name: join(layouts[name], parts) for name, parts in shards.items()}
+
+
+def join(layout: tuple[int, int] | None, parts: dict[int, Tensor]) -> Tensor:
+    """The inverse of `mup.initialization.partition`."""
+    if layout is None:
+        return parts[0]
+    dim, stride = layout
+    blocks = [parts[rank].chunk(stride, dim) for rank in sorted(parts)]
+    return torch.cat([block[i] for i in range(stride) for block in blocks], dim).contiguous()
+
+
+def main(directory: Path, names: list[str]) -> None:
+    dist.init_process_group("gloo")
+    for name, layout in (REFERENCES | LAYOUTS).items():
+        if layout.world_size != dist.get_world_size() or (names and name not in names):
+            continue
+        mpu.initialize_model_parallel(layout.tp, layout.pp, layout.vpp if layout.vpp > 1 else None)
+        model_parallel_cuda_manual_seed(1)
+        for family in FAMILIES:
+            run = train(family, layout)
+            if dist.get_rank() == 0:
+                save_file(run, directory / f"{family}.{name}.safetensors")
+        mpu.destroy_model_parallel()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
