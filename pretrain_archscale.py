@@ -5,6 +5,8 @@
 Megatron's flags all work; ours are the group `archscale` of `--help`. See examples/ for whole commands.
 """
 
+import multiprocessing
+
 from archscale_megatron import cpu
 
 # At the top level: Megatron's checkpoint worker imports this file again in a process of its own.
@@ -33,14 +35,20 @@ def main() -> None:
     if args.save and args.rank == 0:
         write_architecture(args.save, args.architecture)
     run, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
-    run(
-        pretrain_cfg_container_from_args(args),
-        datasets_provider,
-        ModelType.encoder_or_decoder,
-        forward_step,
-        model_provider=model_provider,
-        store=store,
-    )
+    try:
+        run(
+            pretrain_cfg_container_from_args(args),
+            datasets_provider,
+            ModelType.encoder_or_decoder,
+            forward_step,
+            model_provider=model_provider,
+            store=store,
+        )
+    except BaseException:
+        # Data loader workers ignore SIGTERM, so that one sent to the whole job saves first; Python would wait for them.
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        raise
     if dist.is_initialized():
         dist.barrier()  # a rank that leaves early breaks the connections of the others
         dist.destroy_process_group()

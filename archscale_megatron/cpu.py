@@ -31,9 +31,7 @@ ACTIVE = False
 
 CPU = torch.device("cpu")
 
-_NEW_TENSORS = (
-    "arange as_tensor empty empty_strided eye full linspace ones rand randint randn randperm tensor zeros"
-)
+_NEW_TENSORS = "arange as_tensor empty empty_strided eye full linspace ones rand randint randn randperm tensor zeros"
 _NEW_TENSORS_LIKE = "empty_like full_like ones_like rand_like randint_like randn_like zeros_like"
 
 

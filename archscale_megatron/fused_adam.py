@@ -38,9 +38,7 @@ class FusedAdam(torch.optim.Optimizer):
         capturable: bool = False,
     ) -> None:
         if capturable:
-            raise ValueError(
-                "--optimizer-cuda-graph needs Transformer Engine's FusedAdam: install it or drop the flag"
-            )
+            raise ValueError("--optimizer-cuda-graph needs Transformer Engine's FusedAdam: install it or drop the flag")
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
         self.adam_w_mode = adam_w_mode
 

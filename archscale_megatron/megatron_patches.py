@@ -59,9 +59,7 @@ def _allow_no_cuda() -> None:
     from megatron.training.initialize import initialize_megatron
 
     defaults = initialize_megatron.__defaults__
-    assert defaults is not None and defaults[0] is False, (
-        "allow_no_cuda=False is no longer the first argument"
-    )
+    assert defaults is not None and defaults[0] is False, "allow_no_cuda=False is no longer the first argument"
     initialize_megatron.__defaults__ = (True, *defaults[1:])
 
 
@@ -157,9 +155,7 @@ def _synchronous_save_without_manager() -> None:
 
     original_save = TorchDistSaveShardedStrategy.save
 
-    def save(
-        self: TorchDistSaveShardedStrategy, sharded_state_dict: dict[str, Any], checkpoint_dir: Path
-    ) -> None:
+    def save(self: TorchDistSaveShardedStrategy, sharded_state_dict: dict[str, Any], checkpoint_dir: Path) -> None:
         manager_queue = filesystem_async.get_write_results_queue
         filesystem_async.get_write_results_queue = lambda mp_mode="spawn": queue.Queue()
         try:

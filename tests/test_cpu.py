@@ -104,9 +104,7 @@ def check_torch_is_unchanged_otherwise() -> None:
     assert x.to(torch.float64).dtype == x.to(torch.zeros(1, dtype=torch.float64)).dtype == torch.float64
     assert x.to(torch.device("cpu"), torch.float16, copy=True).dtype == x.to("cpu", torch.float16).dtype
     assert x.to(copy=True) is not x and x.to("meta").is_meta and x.to(device="meta").is_meta
-    assert (
-        x.type(torch.float64).dtype == x.type(torch.DoubleTensor).dtype == x.type("torch.DoubleTensor").dtype
-    )
+    assert x.type(torch.float64).dtype == x.type(torch.DoubleTensor).dtype == x.type("torch.DoubleTensor").dtype
     with torch.device("meta"):
         assert torch.empty(2).is_meta and torch.nn.Linear(2, 2).weight.is_meta
         assert torch.zeros(2, device="cuda").device.type == "cpu"
@@ -151,9 +149,7 @@ def check_generator() -> None:
 def check_device_streams_memory() -> None:
     import time
 
-    assert (
-        torch.cuda.is_available() is False and torch.cuda.is_initialized() and torch.cuda.device_count() == 1
-    )
+    assert torch.cuda.is_available() is False and torch.cuda.is_initialized() and torch.cuda.device_count() == 1
     torch.cuda.set_device(0)
     torch.cuda.synchronize()
     stream, start, end = torch.cuda.Stream(device=0), torch.cuda.Event(enable_timing=True), torch.cuda.Event()
@@ -228,9 +224,7 @@ def check_recompute_with_dropout() -> None:
         return [loss.detach(), *(p.grad for p in model.parameters())]
 
     plain = loss_and_gradients()
-    recomputed = loss_and_gradients(
-        recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1
-    )
+    recomputed = loss_and_gradients(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
     assert len(plain) > 20
     assert all(torch.equal(a, b) for a, b in zip(plain, recomputed, strict=True))
 

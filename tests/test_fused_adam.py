@@ -37,9 +37,7 @@ def test_trajectory_is_torch_s_bit_for_bit(adam_w_mode, reference):
     theirs = reference(groups(), **options, foreach=True)
     start = train(ours, range(0))
     for step in range(10):
-        for a, b in zip(
-            train(ours, range(step, step + 1)), train(theirs, range(step, step + 1)), strict=True
-        ):
+        for a, b in zip(train(ours, range(step, step + 1)), train(theirs, range(step, step + 1)), strict=True):
             assert torch.equal(a, b), f"step {step}"
     assert all(not torch.equal(a, b) for a, b in zip(start, train(ours, range(0)), strict=True))
 

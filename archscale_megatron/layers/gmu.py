@@ -70,7 +70,7 @@ class GatedMemoryUnit(MegatronModule):
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states [s, b, h] -> [s, b, h], from `state.memory` [s, b, memory_size / tp]."""
         gate, _ = self.in_proj(hidden_states)
-        gated = F.silu(gate.float()) * state.memory
+        gated = F.silu(gate.float()) * state.memory  # type: ignore[operator]  # written before
         return self.out_proj(gated.to(gate.dtype))
 
 

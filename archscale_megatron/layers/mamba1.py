@@ -153,7 +153,7 @@ class Mamba1Mixer(MegatronModule):
     ) -> ShardedStateDict:
         """Every parameter as one global tensor; in_proj as [x | z], whatever the TP size."""
         metadata = ensure_metadata_has_dp_cp_group(metadata)
-        own = {name: parameter.data for name, parameter in self.named_parameters() if name in PARTITION_DIM}
+        own = {name: parameter for name, parameter in self.named_parameters() if name in PARTITION_DIM}
         sharded = make_sharded_tensors_for_checkpoint(
             own,
             prefix,

@@ -22,7 +22,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(hidden_size, **parameter_options(config)))
         # Each rank sees its own tokens, so Megatron must sum this gradient over the TP group.
-        self.weight.sequence_parallel = config.sequence_parallel
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden_size] in any float dtype -> the same shape in the weights' dtype."""

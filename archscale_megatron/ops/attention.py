@@ -91,7 +91,7 @@ def _flash_attn(
     document_starts: Tensor | None,
     dropout_p: float,
 ) -> Tensor:
-    from flash_attn import flash_attn_func, flash_attn_varlen_func  # type: ignore[import-not-found]
+    from flash_attn import flash_attn_func, flash_attn_varlen_func
 
     s, b = query.shape[:2]
     query, key, value = (x.transpose(0, 1) for x in (query, key, value))  # [b, s, heads, head_dim]

@@ -68,7 +68,7 @@ def _causal_conv1d_installed() -> bool:
 def _cuda(
     x: Tensor, weight: Tensor, bias: Tensor | None, document_starts: Tensor | None, activation: str | None
 ) -> Tensor:
-    from causal_conv1d import causal_conv1d_fn  # type: ignore[import-not-found]
+    from causal_conv1d import causal_conv1d_fn
 
     seq_idx = None if document_starts is None else document_ids(document_starts).t().contiguous()
     # The kernel takes [b, d, s], and document ids only where d is the dense dimension, as it is here.

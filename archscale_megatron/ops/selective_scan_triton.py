@@ -127,9 +127,7 @@ def _forward_kernel(
         B_TN = _tile(B, row_T, in_T, state_N, in_N, n)
         C_TN = _tile(C, row_T, in_T, state_N, in_N, n)
         a_TDN = _decay(delta_TD, A_DN, starts, row_T, in_T)
-        decay_TDN, h_TDN = tl.associative_scan(
-            (a_TDN, (delta_TD * x_TD)[:, :, None] * B_TN[:, None, :]), 0, _compose
-        )
+        decay_TDN, h_TDN = tl.associative_scan((a_TDN, (delta_TD * x_TD)[:, :, None] * B_TN[:, None, :]), 0, _compose)
         h_TDN += decay_TDN * h_DN[None, :, :]
         y_TD = tl.sum(h_TDN * C_TN[:, None, :], 2) + x_TD * D_D[None, :]
         mask = in_T[:, None] & in_D[None, :]
@@ -138,9 +136,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _state_gradient(
-    dy_TD, C_TN, delta, A_DN, starts, next_g_DN, step_T, length, batch, i, channel_D, in_D, d
-):
+def _state_gradient(dy_TD, C_TN, delta, A_DN, starts, next_g_DN, step_T, length, batch, i, channel_D, in_D, d):
     """g_t = C_t dy_t + a_{t+1} g_{t+1} for the tile of steps step_T; next_g is g at the step after it."""
     in_T = step_T + 1 < length
     row_T = (step_T + 1).to(tl.int64) * batch + i
@@ -173,9 +169,7 @@ def _carry_kernel(
         row_T = step_T.to(tl.int64) * batch + i
         dy_TD = _tile(dy, row_T, in_T, channel_D, in_D, d)
         C_TN = _tile(C, row_T, in_T, state_N, in_N, n)
-        g_TDN = _state_gradient(
-            dy_TD, C_TN, delta, A_DN, starts, g_DN, step_T, length, batch, i, channel_D, in_D, d
-        )
+        g_TDN = _state_gradient(dy_TD, C_TN, delta, A_DN, starts, g_DN, step_T, length, batch, i, channel_D, in_D, d)
         g_DN = tl.sum(tl.where(step_T[:, None, None] == tile * TILE, g_TDN, 0.0), 0)
 
 

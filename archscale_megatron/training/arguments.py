@@ -134,7 +134,7 @@ def check_tokenizer(args: argparse.Namespace) -> None:
 
 def _refuse_contradictions(args: argparse.Namespace, arch: Architecture, explicit: dict[str, str]) -> None:
     family = f"--train-model {arch.family} --depth {arch.depth}"
-    dimensions: dict[str, tuple[Any, str]] = {
+    dimensions: dict[str, tuple[Any, str | None]] = {
         "num_layers": (arch.depth, "--depth"),
         "hidden_size": (arch.hidden_size, "--aspect-ratio"),
         "ffn_hidden_size": (arch.ffn_hidden_size, "--aspect-ratio"),
@@ -232,6 +232,8 @@ def _defaults() -> dict[str, Any]:
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
         "make_vocab_size_divisible_by": VOCABULARY_MULTIPLE,
+        "dist_ckpt_optim_fully_reshardable": True,  # a checkpoint loads at any layout
+        "exit_signal_handler": True,  # SIGTERM saves and exits
         "transformer_impl": "transformer_engine" if _installed("transformer_engine") else "local",
         "gradient_accumulation_fusion": _installed("fused_weight_gradient_mlp_cuda"),
         "masked_softmax_fusion": False,  # our attention has no separate softmax

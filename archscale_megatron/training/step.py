@@ -89,7 +89,7 @@ def forward_step(
     timers("batch-generator").stop()
     with straggler_timer:
         output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
-    return output, partial(loss_function, batch["loss_mask"])
+    return output, partial(loss_function, batch["loss_mask"])  # type: ignore[arg-type]  # all have it where it is called
 
 
 def loss_function(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

@@ -1,0 +1,461 @@
+"""megatron_patches.py: each patch is guarded against a change of Megatron, and its reason is shown to hold.
+
+This file is also the script of the processes that are patched: `python test_megatron_patches.py <check> ...`.
+"""
+
+import ast
+import functools
+import hashlib
+import importlib.metadata
+import importlib.util
+import inspect
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+
+from archscale_megatron import cpu
+
+if __name__ == "__main__":
+    cpu.install()
+
+ROOT = Path(__file__).parents[1]
+PASSED = "passed: "
+
+# What each patch replaces or relies on, in 0.19.2: (file, name, first digits of the SHA-256 of its source).
+GUARDED = {
+    "_allow_no_cuda": [("training/initialize.py", "initialize_megatron", "1894d53ca729")],
+    "_data_loader_with_own_generator": [
+        ("training/datasets/data_samplers.py", "build_pretraining_data_loader", "de7cb12d9681"),
+    ],
+    "_save_copies_of_tensors": [
+        (
+            "core/dist_checkpointing/strategies/filesystem_async.py",
+            "FileSystemWriterAsync.prepare_write_data",
+            "34f499f7c43c",
+        ),
+        (
+            "core/dist_checkpointing/strategies/filesystem_async.py",
+            "FileSystemWriterAsync.preload_tensors",
+            "980b662270ce",
+        ),
+    ],
+    "_skip_compiled_helpers": [("core/datasets/utils.py", "compile_helpers", "02c160f0fa9c")],
+    "_adam_without_fused_libraries": [
+        ("core/optimizer/__init__.py", "_get_megatron_optimizer_based_on_param_groups", "f4f1d380077e"),
+        ("core/optimizer/distrib_optimizer.py", "DistributedOptimizer.state_dict", "8881ca2f5638"),
+        ("core/optimizer/distrib_optimizer.py", "DistributedOptimizer.load_state_dict", "5c2af1e56e0b"),
+    ],
+    "_synchronous_save_without_manager": [
+        ("core/dist_checkpointing/strategies/torch.py", "TorchDistSaveShardedStrategy.save", "0ab52a544c46"),
+        (
+            "core/dist_checkpointing/strategies/filesystem_async.py",
+            "get_write_results_queue",
+            "5528981e75e7",
+        ),
+    ],
+    "_optimizer_overrides_hook": [
+        ("training/training.py", "get_megatron_optimizer_config", "414f2e721a13"),
+        ("training/training.py", "setup_model_and_optimizer", "e564c0eccd76"),
+    ],
+    "_layer_symbols": [("core/models/hybrid/hybrid_layer_allocation.py", "Symbols", "39922661ee42")],
+    "_shared_state_between_stages": [
+        ("core/pipeline_parallel/p2p_communication.py", "P2PCommunicator", "18d791a6d8eb"),
+    ],
+    "_throughput_of_hybrid_models": [
+        ("training/training.py", "num_floating_point_operations", "0e870f7f502f"),
+        ("training/training.py", "training_log", "7e7ebec01bcf"),
+    ],
+}
+
+OUR_MODELS = {"_layer_symbols", "_shared_state_between_stages", "_throughput_of_hybrid_models"}
+"""Patches that only our models need, and whose effect their tests show."""
+
+
+def test_release() -> None:
+    assert importlib.metadata.version("megatron-core") == "0.19.2", (
+        "read every patch in archscale_megatron/megatron_patches.py again, then put the new release here"
+    )
+
+
+@pytest.mark.parametrize("patch, file, name, digest", [(p, *entry) for p in GUARDED for entry in GUARDED[p]])
+def test_patched_source_is_what_was_read(patch: str, file: str, name: str, digest: str) -> None:
+    spec = importlib.util.find_spec("megatron")
+    assert spec is not None and spec.submodule_search_locations is not None
+    text = Path(spec.submodule_search_locations[0], file).read_text()
+    node: ast.AST = ast.parse(text)
+    for part in name.split("."):
+        node = next((n for n in node.body if getattr(n, "name", None) == part), None)  # type: ignore[attr-defined]
+        assert node is not None, f"megatron/{file} has no {name}: megatron_patches.{patch} patches it"
+    source = ast.get_source_segment(text, node)
+    assert source is not None and hashlib.sha256(source.encode()).hexdigest().startswith(digest), (
+        f"megatron/{file}: {name} is not what megatron_patches.{patch} was written for: read both again"
+    )
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_every_patch_is_guarded_explained_and_applied_once(gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from archscale_megatron import megatron_patches
+
+    applied: list[str] = []
+    expected = []
+    for name in re.findall(r"^ +(_\w+)\(\)$", inspect.getsource(megatron_patches.apply), re.MULTILINE):
+        assert name in GUARDED
+        reason = " ".join(getattr(megatron_patches, name).__doc__.split())
+        assert re.search(r"\.py:\d+", reason), f"{name} does not say which line it patches"
+        assert ("CPU only." in reason) != ("On a GPU as well." in reason), f"{name}: on a GPU, or not?"
+        if not gpu or "On a GPU as well." in reason:
+            expected.append(name)
+        monkeypatch.setattr(megatron_patches, name, functools.partial(applied.append, name))
+    monkeypatch.setattr(megatron_patches, "_applied", False)
+    monkeypatch.setattr(cpu, "ACTIVE", not gpu)
+    megatron_patches.apply()
+    megatron_patches.apply()
+    assert applied == expected
+
+
+# --- in a patched process: without the patch the fault is there, with it it is gone --------------------------
+
+
+def check_allow_no_cuda() -> None:
+    from megatron.training import initialize_megatron
+
+    from archscale_megatron import megatron_patches
+
+    with pytest.raises(AssertionError, match="Megatron requires CUDA"):
+        initialize_megatron()
+    megatron_patches._allow_no_cuda()
+    with pytest.raises(AssertionError, match="args is not initialized"):  # the next thing that it looks at
+        initialize_megatron()
+
+
+def check_data_loader_with_own_generator() -> None:
+    from megatron.training import global_vars, training
+
+    from archscale_megatron import megatron_patches
+
+    global_vars.set_args(Namespace(dataloader_type="external", seed=1))
+
+    def draws() -> bool:
+        loader = torch.utils.data.DataLoader(range(4), num_workers=0)
+        loader = training.build_pretraining_data_loader(loader, 0)
+        before = torch.get_rng_state()
+        assert len(list(iter(loader))) == 4
+        return not torch.equal(torch.get_rng_state(), before)
+
+    assert draws()
+    megatron_patches._data_loader_with_own_generator()
+    assert not draws()
+    assert training.build_pretraining_data_loader(None, 0) is None
+
+
+def check_save_copies_of_tensors() -> None:
+    """Training goes on while an asynchronous save writes: what is written is what there was."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    from archscale_megatron import megatron_patches
+
+    filesystem_async.get_write_results_queue("fork")  # as Megatron's checkpoint worker does; spawning takes 2 s
+
+    def saved() -> float:
+        weight = torch.full((64,), 1.0)
+        with tempfile.TemporaryDirectory() as folder:
+            request = save_weight(weight, folder, asynchronous=True)
+            weight.fill_(2.0)
+            request.execute_sync()
+            return load_weight(folder)[0].item()
+
+    assert saved() == 2.0
+    megatron_patches._save_copies_of_tensors()
+    assert saved() == 1.0
+
+
+def check_synchronous_save_without_manager() -> None:
+    from multiprocessing.context import BaseContext
+
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    from archscale_megatron import megatron_patches
+
+    def no_manager(context: BaseContext) -> None:
+        raise ChildProcessError("a manager")
+
+    BaseContext.Manager = no_manager  # type: ignore[assignment, method-assign]
+    filesystem_async._results_queue = None
+    get_queue = filesystem_async.get_write_results_queue
+    with tempfile.TemporaryDirectory() as folder, pytest.raises(ChildProcessError):
+        save_weight(torch.arange(8.0), folder)
+    megatron_patches._synchronous_save_without_manager()
+    with tempfile.TemporaryDirectory() as folder:
+        save_weight(torch.arange(8.0), folder)
+        assert torch.equal(load_weight(folder), torch.arange(8.0))
+    assert filesystem_async.get_write_results_queue is get_queue
+    with tempfile.TemporaryDirectory() as folder, pytest.raises(ChildProcessError):
+        save_weight(torch.arange(8.0), folder, asynchronous=True)  # keeps its manager
+
+
+def check_skip_compiled_helpers() -> None:
+    from megatron.core.datasets import utils
+
+    from archscale_megatron import megatron_patches
+
+    commands: list[list[str]] = []
+    run, subprocess.run = subprocess.run, lambda command: commands.append(command) or Namespace(returncode=0)
+    utils.compile_helpers()
+    assert commands[0][0] == "make" and not Path(commands[0][2], "Makefile").exists()
+    megatron_patches._skip_compiled_helpers()
+    utils.compile_helpers()
+    assert len(commands) == 1
+    sys.modules["megatron.core.datasets.helpers_cpp"] = None  # type: ignore[assignment]  # not importable
+    utils.compile_helpers()
+    assert len(commands) == 2
+    del sys.modules["megatron.core.datasets.helpers_cpp"]
+    subprocess.run = run
+
+
+def check_adam_without_fused_libraries() -> None:
+    """A distributed optimizer loads the sharded state that it saved."""
+    from megatron.core import dist_checkpointing, optimizer
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.module import MegatronModule
+
+    from archscale_megatron import megatron_patches
+    from archscale_megatron.fused_adam import FusedAdam
+
+    initialize_distributed()
+    config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1)
+    metadata = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+
+    class Model(MegatronModule):
+        def __init__(self) -> None:
+            super().__init__(config)
+            self.weight = torch.nn.Parameter(torch.arange(32.0).view(4, 8))
+
+    def build() -> tuple:
+        ddp = DistributedDataParallelConfig(use_distributed_optimizer=True)
+        model = DistributedDataParallel(config, ddp, Model())
+        options = optimizer.OptimizerConfig(optimizer="adam", lr=0.1, use_distributed_optimizer=True)
+        return model, optimizer.get_megatron_optimizer(options, [model])
+
+    def state(model: torch.nn.Module, optim: object, is_loading: bool) -> dict:
+        sharded = {"model": model.module.sharded_state_dict(metadata=metadata)}
+        sharded["optimizer"] = optim.sharded_state_dict(sharded, is_loading=is_loading, metadata=metadata)
+        return sharded
+
+    def save_and_load() -> None:
+        model, optim = build()
+        for _ in range(3):
+            optim.zero_grad()
+            (model.module.weight**2).sum().backward()
+            model.finish_grad_sync()
+            optim.step()
+        with tempfile.TemporaryDirectory() as folder:
+            dist_checkpointing.save(state(model, optim, False), folder)
+            other, loaded = build()
+            with torch.no_grad():
+                loaded.load_state_dict(dist_checkpointing.load(state(other, loaded, True), folder)["optimizer"])
+        (ours,), (theirs,) = (o.chained_optimizers for o in (optim, loaded))
+        assert isinstance(ours.optimizer, FusedAdam)
+        assert [group["step"] for group in theirs.optimizer.param_groups] == [3]
+        for a, b in zip(ours.optimizer.state.values(), theirs.optimizer.state.values(), strict=True):
+            assert torch.equal(a["exp_avg"], b["exp_avg"]) and a["exp_avg"].abs().sum() > 0
+            assert torch.equal(a["exp_avg_sq"], b["exp_avg_sq"])
+
+    assert optimizer.USING_PYTORCH_OPTIMIZER, "Transformer Engine or Apex is installed: nothing to patch"
+    with pytest.raises((AssertionError, KeyError)):
+        save_and_load()
+    megatron_patches._adam_without_fused_libraries()
+    save_and_load()
+
+
+def check_optimizer_overrides_hook() -> None:
+    from megatron.core.optimizer import OptimizerConfig, ParamKey
+    from megatron.training import training
+
+    from archscale_megatron import megatron_patches
+
+    args, ours = Namespace(lr=0.25), {ParamKey(name="*.weight"): {"max_lr": 0.5}}
+    config, standard = training.get_megatron_optimizer_config(args)
+    megatron_patches._optimizer_overrides_hook()
+    assert training.get_megatron_optimizer_config(args)[1].keys() == standard.keys()
+
+    def overrides(given: Namespace, optimizer_config: OptimizerConfig) -> dict:
+        assert given is args and optimizer_config.lr == config.lr == 0.25
+        return ours
+
+    megatron_patches.set_optimizer_overrides(overrides)
+    assert training.get_megatron_optimizer_config(args)[1] is ours
+    megatron_patches.set_optimizer_overrides(None)
+    assert training.get_megatron_optimizer_config(args)[1].keys() == standard.keys()
+
+
+def initialize_distributed() -> None:
+    from megatron.core import parallel_state, tensor_parallel
+
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group(store=torch.distributed.HashStore(), rank=0, world_size=1)
+        parallel_state.initialize_model_parallel()
+        tensor_parallel.model_parallel_cuda_manual_seed(1)
+
+
+def save_weight(weight: torch.Tensor, folder: str, asynchronous: bool = False) -> object:
+    from megatron.core import dist_checkpointing
+
+    initialize_distributed()
+    sharded = {"weight": dist_checkpointing.ShardedTensor.from_rank_offsets("weight", weight)}
+    return dist_checkpointing.save(sharded, folder, async_sharded_save=asynchronous, async_strategy="mcore")
+
+
+def load_weight(folder: str) -> torch.Tensor:
+    from megatron.core import dist_checkpointing
+
+    return dist_checkpointing.load_plain_tensors(folder)["weight"]
+
+
+CHECKS = [name for name in list(globals()) if name.startswith("check_")]
+
+
+@pytest.fixture(scope="module")
+def output() -> str:
+    """One process for all checks: importing Megatron is most of their time."""
+    return launch(CHECKS)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_patch(check: str, output: str) -> None:
+    assert PASSED + check in output, output
+
+
+# --- the real pretrain ---------------------------------------------------------------------------------------
+
+
+def pretrain(flags: list[str]) -> None:
+    """`megatron.training.pretrain` of a small GPT on mock data; prints the hash of what it ends with."""
+    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+    from megatron.core.datasets.gpt_dataset import GPTDatasetConfig, MockGPTDataset
+    from megatron.core.enums import ModelType
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.optimizer import ParamKey, get_standard_config_overrides
+    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+    from megatron.training import get_args, training
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+    from megatron.training.arguments import core_transformer_config_from_args, parse_and_validate_args
+
+    from archscale_megatron import megatron_patches
+
+    for patch in sorted(GUARDED.keys() - OUR_MODELS):
+        getattr(megatron_patches, patch)()
+    frozen = {ParamKey(name="*word_embeddings.weight"): {"max_lr": 0.0, "min_lr": 0.0}}
+    megatron_patches.set_optimizer_overrides(lambda _, config: get_standard_config_overrides(config) | frozen)
+    models = []
+
+    def model_provider(pre_process: bool = True, post_process: bool = True, **_: object) -> GPTModel:
+        args = get_args()
+        model = GPTModel(
+            core_transformer_config_from_args(args),
+            get_gpt_layer_local_spec(),
+            vocab_size=args.padded_vocab_size,
+            max_sequence_length=args.seq_length,
+            share_embeddings_and_output_weights=False,
+        )
+        models.append((model, model.embedding.word_embeddings.weight.detach().clone()))
+        return model
+
+    def datasets(samples: list[int], vp_stage: int | None = None) -> list:
+        args = get_args()
+        config = GPTDatasetConfig(
+            random_seed=args.seed,
+            sequence_length=args.seq_length,
+            reset_position_ids=False,
+            reset_attention_mask=False,
+            eod_mask_loss=False,
+            create_attention_mask=False,
+            tokenizer=build_tokenizer(args),
+            split="90,5,5",
+            mid_level_dataset_surplus=0.005,
+        )
+        return BlendedMegatronDatasetBuilder(MockGPTDataset, samples, lambda: True, config).build()
+
+    datasets.is_distributed = True  # type: ignore[attr-defined]
+
+    def loss_function(mask: torch.Tensor, losses: torch.Tensor) -> tuple:
+        loss, tokens = (losses.view(-1) * mask.view(-1)).sum(), mask.sum().int()
+        return loss, tokens, {"lm loss": torch.stack([loss.detach(), tokens.float()])}
+
+    def forward_step(iterator: object, model: torch.nn.Module) -> tuple:
+        batch = next(iterator)  # type: ignore[call-overload]
+        losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+        return losses, functools.partial(loss_function, batch["loss_mask"])
+
+    sys.argv[1:] = flags
+    args = parse_and_validate_args()
+    training.pretrain(
+        pretrain_cfg_container_from_args(args, None),
+        datasets,
+        ModelType.encoder_or_decoder,
+        forward_step,
+        model_provider=model_provider,
+    )
+    ((model, initial_embedding),) = models
+    assert torch.equal(model.embedding.word_embeddings.weight, initial_embedding), "the override has no effect"
+    digest = hashlib.sha256(torch.get_rng_state().numpy().tobytes())
+    for p in model.parameters():
+        digest.update(p.detach().numpy().tobytes())
+    print(f"end of training: {digest.hexdigest()}", flush=True)
+
+
+FLAGS = """
+    --num-layers 1 --hidden-size 32 --num-attention-heads 2 --seq-length 16 --max-position-embeddings 16
+    --vocab-size 64 --tokenizer-type NullTokenizer --untie-embeddings-and-output-weights
+    --micro-batch-size 2 --global-batch-size 4 --train-iters 6 --lr 1e-2 --min-lr 1e-3 --lr-decay-style cosine
+    --hidden-dropout 0.2 --attention-dropout 0.2 --eval-interval 2 --eval-iters 1 --save-interval 3 --log-interval 1
+    --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable --num-workers 1
+    --distributed-backend gloo --transformer-impl local --no-persist-layer-norm --no-masked-softmax-fusion
+    --no-gradient-accumulation-fusion --no-rope-fusion --attention-backend unfused
+"""
+
+
+def test_resumed_pretrain_ends_with_the_same_bits(tmp_path: Path) -> None:
+    """6 iterations with dropout, or 3 more from the checkpoint of the third: parameters and random state."""
+    flags = ["pretrain", *FLAGS.split(), "--save"]
+    whole = launch([*flags, str(tmp_path / "whole")])
+    load = ["--load", str(tmp_path / "whole"), "--ckpt-step", "3"]
+    resumed = launch([*flags, str(tmp_path / "resumed"), *load])
+    ends = [re.findall(r"end of training: (\w+)", output) for output in (whole, resumed)]
+    assert len(ends[0]) == len(ends[1]) == 1, whole + resumed
+    assert re.findall(r"iteration +(\d)/ +6", resumed) == ["4", "5", "6"]
+    assert ends[0] == ends[1]
+
+
+def launch(arguments: list[str]) -> str:
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
+    result = subprocess.run(
+        [sys.executable, *torchrun, __file__, *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    return result.stdout + result.stderr
+
+
+def main(arguments: list[str]) -> None:
+    if arguments[0] == "pretrain":
+        return pretrain(arguments[1:])
+    for name in arguments:
+        globals()[name]()
+        print(PASSED + name, flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
