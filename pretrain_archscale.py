@@ -29,11 +29,8 @@ def main() -> None:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from archscale_megatron.data.datasets import datasets_provider
-    from archscale_megatron.training.run_directory import write_architecture
     from archscale_megatron.training.step import forward_step, model_provider
 
-    if args.save and args.rank == 0:
-        write_architecture(args.save, args.architecture)
     run, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
     try:
         run(

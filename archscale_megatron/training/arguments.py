@@ -55,7 +55,7 @@ def parse_arguments() -> argparse.Namespace:
     from megatron.training.global_vars import set_global_variables
 
     from archscale_megatron.data.datasets import check_data
-    from archscale_megatron.training.run_directory import check_run_directories
+    from archscale_megatron.training.run_directory import check_run_directories, write_architecture
 
     parsers: list[argparse.ArgumentParser] = []
 
@@ -71,7 +71,9 @@ def parse_arguments() -> argparse.Namespace:
         validate_args(args)
         set_global_variables(args)
         check_tokenizer(args)
-    except (ArgumentError, AssertionError, FileNotFoundError, ValueError) as error:
+        if args.save and args.rank == 0:
+            write_architecture(args.save, args.architecture)
+    except (AssertionError, OSError, ValueError) as error:
         if args.rank == 0:
             print(f"pretrain_archscale: error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)

@@ -1,0 +1,160 @@
+"""What the command line decides, and what it refuses: one line, exit code 2, before anything starts."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from megatron.training import global_vars
+
+from archscale_megatron.archs.families import build_architecture
+from archscale_megatron.training.arguments import parse_arguments
+from archscale_megatron.training.run_directory import write_architecture
+from tests.training.data import write_dataset
+
+Parse = Callable[..., argparse.Namespace]
+COMMON = ["--seq-length", "128", "--micro-batch-size", "1", "--train-iters", "1", "--lr", "1e-3", "--mock-data"]
+NULL = ["--tokenizer-type", "NullTokenizer"]
+D16 = ["--train-model", "sambay", "--depth", "16"]
+TINY = ["--train-model", "sambay", "--depth", "8", "--aspect-ratio", "8", "--head-dim", "8", "--vocab-size", "128"]
+
+
+@pytest.fixture
+def parse(monkeypatch: pytest.MonkeyPatch) -> Iterator[Parse]:
+    """parse_arguments() as in rank 0 of `world` processes."""
+
+    def run(*options: str, world: int = 1, common: list[str] = COMMON) -> argparse.Namespace:
+        monkeypatch.setenv("WORLD_SIZE", str(world))
+        monkeypatch.setenv("RANK", "0")
+        monkeypatch.setattr("sys.argv", ["pretrain_archscale.py", *common, *NULL, *options])
+        return parse_arguments()
+
+    yield run
+    global_vars.unset_global_variables()
+
+
+def test_family_sets_every_dimension(parse: Parse) -> None:
+    args = parse(*D16)
+    expected = build_architecture("sambay", 16)
+    assert args.architecture == expected
+    assert (args.hidden_size, args.ffn_hidden_size, args.num_layers) == (1984, 7936, 32)
+    assert (args.num_attention_heads, args.num_query_groups, args.kv_channels) == (16, 4, 128)
+    assert (args.position_embedding_type, args.normalization, args.swiglu) == ("none", "RMSNorm", True)
+    assert (args.padded_vocab_size, args.attention_dropout, args.hidden_dropout) == (32000, 0.0, 0.0)
+    assert not args.add_bias_linear
+
+
+@pytest.mark.parametrize(("vocabulary", "tp", "padded"), [(32000, 4, 32000), (100, 2, 128), (32000, 3, 32064)])
+def test_padding_of_the_vocabulary(parse: Parse, vocabulary: int, tp: int, padded: int) -> None:
+    options = ["--train-model", "sambay", "--depth", "24" if tp == 3 else "16", "--vocab-size", str(vocabulary)]
+    args = parse(*options, "--tensor-model-parallel-size", str(tp), world=tp)
+    assert args.padded_vocab_size == padded
+
+
+def test_agreeing_megatron_flags_are_accepted(parse: Parse) -> None:
+    args = parse(*D16, "--hidden-size", "1984", "--num-layers", "16", "--group-query-attention", "--swiglu")
+    assert args.num_layers == 32
+
+
+def test_boundaries_by_hand_and_by_compute(parse: Parse) -> None:
+    by_hand = "m-W-m-W-m-|*-U-X-"
+    args = parse(*TINY, "--pipeline-model-parallel-size", "2", "--hybrid-layer-pattern", by_hand, world=2)
+    assert args.hybrid_layer_pattern == by_hand
+    global_vars.unset_global_variables()
+    args = parse(*TINY, "--pipeline-model-parallel-size", "2", "--num-virtual-stages-per-pipeline-rank", "2", world=2)
+    assert args.hybrid_layer_pattern.count("|") == 3
+    assert args.virtual_pipeline_model_parallel_size == 2
+
+
+REFUSED = [
+    ([], "--train-model is required"),
+    (["--train-model", "sambay"], "--depth is required"),
+    ([*D16[:2], "--depth", "18"], "must be a multiple of 4; the nearest: 16, 20"),
+    ([*D16, "--hidden-size", "2048"], "--hidden-size 2048 contradicts --train-model sambay --depth 16, which has 1984"),
+    ([*D16, "--num-layers", "12"], "--num-layers 12 contradicts"),
+    ([*D16, "--normalization", "LayerNorm"], "--normalization LayerNorm contradicts"),
+    ([*D16, "--window-size", "1,0"], r"--window-size \(1, 0\) contradicts"),
+    ([*D16, "--num-experts", "8"], "--num-experts 8 contradicts"),
+    ([*D16, "--rotary-base", "5000"], "sambay has no position embeddings"),
+    ([*D16, "--position-embedding-type", "rope"], "--position-embedding-type rope contradicts"),
+    ([*D16, "--context-parallel-size", "2"], "--context-parallel-size 2 contradicts"),
+    ([*D16, "--head-dim", "0"], "--head-dim 0: must be a positive integer"),
+    ([*D16, "--tensor-model-parallel-size", "8"], "--tensor-model-parallel-size 8: .* 4 key-value heads.* use 1, 2, 4"),
+    ([*D16, "--tensor-model-parallel-size", "2"], "1 processes cannot be divided .* start a multiple of 2"),
+    ([*D16, "--pipeline-model-parallel-size", "2", "--num-virtual-stages-per-pipeline-rank", "20"], "use 1 to 32 stages"),
+    ([*D16, "--num-virtual-stages-per-pipeline-rank", "2"], "needs --pipeline-model-parallel-size of 2 or more"),
+    ([*D16, "--global-batch-size", "3"], "must be a multiple of micro batch x data parallel size, 1 x 2 = 2"),
+    ([*TINY, "--hybrid-layer-pattern", "m-W-"], "is not sambay at depth 8, which is m-W-m-W-m-"),
+    ([*TINY, "--hybrid-layer-pattern", "m-W-m-W-m-||*-U-X-"], "none of them empty"),
+    ([*D16, "--load", "nowhere"], "--load nowhere: no such directory"),
+    ([*D16, "--vocab-size", "64", "--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", "gone"], "gone"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED, ids=[" ".join(o[-2:]) or "nothing" for o, _ in REFUSED])
+def test_refused(parse: Parse, capfd: pytest.CaptureFixture[str], options: list[str], message: str) -> None:
+    if "--pipeline-model-parallel-size" in options or "--global-batch-size" in options:
+        world = 2
+    elif options[-2:] == ["--tensor-model-parallel-size", "8"]:
+        world = 8
+    else:
+        world = 1
+    refused(lambda: parse(*options, world=world), capfd, message)
+
+
+def refused(run: Callable[[], object], capfd: pytest.CaptureFixture[str], message: str) -> None:
+    """`run` exits with code 2, and its last line on standard error is the message."""
+    with pytest.raises(SystemExit) as exit_:
+        run()
+    assert exit_.value.code == 2
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("pretrain_archscale: error: ")]
+    assert len(lines) == 1
+    assert re.search(message, lines[0]), lines[0]
+
+
+NO_MOCK = [option for option in COMMON if option != "--mock-data"]
+
+
+def test_data_that_is_not_there(parse: Parse, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    refused(lambda: parse(*TINY, common=NO_MOCK), capfd, "no data: give --data-path")
+    missing = tmp_path / "missing"
+    refused(lambda: parse(*TINY, "--data-path", str(missing), common=NO_MOCK), capfd, "missing.bin: no such file")
+    prefix = write_dataset(tmp_path / "good", documents=1)
+    Path(f"{prefix}.idx").write_bytes(b"something else")
+    refused(lambda: parse(*TINY, "--data-path", str(prefix), common=NO_MOCK), capfd, "not the index of an indexed")
+
+
+def test_empty_dataset(parse: Parse, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    prefix = write_dataset(tmp_path / "empty", documents=0)
+    refused(lambda: parse(*TINY, "--data-path", str(prefix), common=NO_MOCK), capfd, "empty: the dataset is empty")
+
+
+def test_tokenizer_larger_than_the_model(parse: Parse, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    import sentencepiece
+
+    text = tmp_path / "text"
+    text.write_text("".join(f"{i} words of text\n" for i in range(400)))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text), model_prefix=str(tmp_path / "t"), vocab_size=90, model_type="bpe", byte_fallback=False,
+        hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    options = ["--vocab-size", "20", "--tokenizer-type", "SentencePieceTokenizer"]
+    command = [*TINY[:-2], *options, "--tokenizer-model", str(tmp_path / "t.model")]
+    refused(lambda: parse(*command), capfd, r"has \d+ tokens, the model 20: give --vocab-size \d+ or more")
+
+
+def test_checkpoint_of_another_architecture(parse: Parse, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    write_architecture(str(tmp_path), build_architecture("samba", 8))
+    before = (tmp_path / "architecture.json").read_text()
+    for option in ("--load", "--save"):
+        refused(
+            lambda option=option: parse(*D16, option, str(tmp_path)),
+            capfd,
+            "another architecture: family is 'samba' there and 'sambay' here; depth is 8 there and 16 here",
+        )
+    assert (tmp_path / "architecture.json").read_text() == before
+    assert json.loads(before)["family"] == "samba"

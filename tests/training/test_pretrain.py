@@ -1,0 +1,166 @@
+"""pretrain_archscale.py as users run it: checkpoints, exact resume after kill -9, other layouts, SIGTERM, logs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from archscale_megatron.archs.counts import training_flops
+from archscale_megatron.archs.families import build_architecture
+from tests.launch import ROOT, torchrun
+from tests.training.data import VOCABULARY, write_dataset
+
+SEQUENCE_LENGTH, BATCH, STEPS, SAVED_AT = 64, 8, 8, 4
+MODEL = ["--train-model", "sambay", "--depth", "8", "--aspect-ratio", "8", "--head-dim", "8", "--local-window", "16"]
+FOUR = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2", "--sequence-parallel"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("data") / "stdlib")
+
+
+def command(data: Path, run: Path, *options: str) -> list[str]:
+    return [
+        "pretrain_archscale.py", *MODEL, "--vocab-size", str(VOCABULARY), "--data-path", str(data),
+        "--tokenizer-type", "NullTokenizer", "--seq-length", str(SEQUENCE_LENGTH), "--micro-batch-size", "2",
+        "--global-batch-size", str(BATCH), "--train-iters", str(STEPS), "--lr", "1e-3", "--clip-grad", "1.0",
+        "--hidden-dropout", "0.1", "--attention-dropout", "0.1", "--use-distributed-optimizer",
+        "--save", str(run), "--load", str(run), "--save-interval", str(SAVED_AT), "--eval-interval", "4",
+        "--eval-iters", "2", "--log-interval", "1", "--tensorboard-dir", str(run / "tensorboard"),
+        "--tensorboard-log-interval", "1", "--log-throughput", "--num-workers", "1", "--split", "80,10,10", *options,
+    ]  # fmt: skip
+
+
+def scalars(run: Path, tag: str) -> dict[int, float]:
+    """Iteration -> value; of iterations that ran twice, the later one."""
+    values = {}
+    for file in sorted((run / "tensorboard").glob("events*"), key=lambda f: f.stat().st_mtime):
+        events = EventAccumulator(str(file)).Reload()
+        if tag in events.Tags()["scalars"]:
+            values |= {event.step: event.value for event in events.Scalars(tag)}
+    return values
+
+
+def tensors(run: Path, iteration: int) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, weights and optimizer state."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        return dist_checkpointing.load_plain_tensors(str(run / f"iter_{iteration:07d}"))
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """STEPS steps on four processes without a break, with dropout."""
+    run = tmp_path_factory.mktemp("undisturbed")
+    (run / "log").write_text(torchrun(4, *command(data, run, *FOUR)).stdout)
+    return run
+
+
+def interrupt(processes: int, arguments: list[str], when: str, how: Callable[[subprocess.Popen], None]) -> int:
+    """Start a run, and call `how` once `when` is in its output; returns the exit code."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore"}
+    with subprocess.Popen(
+        [*launcher, *arguments], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        for line in process.stdout:
+            if when in line:
+                how(process)
+                break
+        else:
+            pytest.fail(f"the run ended without {when!r}")
+        process.stdout.read()
+    return process.returncode
+
+
+def children(process: subprocess.Popen) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def kill_one_rank(process: subprocess.Popen) -> None:
+    os.kill(children(process)[-1], signal.SIGKILL)
+
+
+def test_resume_after_kill_is_exact(undisturbed: Path, data: Path, tmp_path: Path) -> None:
+    arguments = command(data, tmp_path, *FOUR)
+    assert interrupt(4, arguments, f"iteration        {SAVED_AT + 2}/", kill_one_rank) != 0
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == str(SAVED_AT)
+    torchrun(4, *arguments)
+    for tag in ("lm loss", "grad-norm", "lm loss validation"):
+        assert scalars(tmp_path, tag) == scalars(undisturbed, tag), tag
+    found, expected = tensors(tmp_path, STEPS), tensors(undisturbed, STEPS)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_resume_at_another_layout(data: Path, tmp_path: Path) -> None:
+    """Without dropout, whose masks belong to a layout: a checkpoint of TP 2 x PP 2 goes on as PP 1 x DP 2."""
+    plain = ("--hidden-dropout", "0", "--attention-dropout", "0")
+    whole, moved = tmp_path / "whole", tmp_path / "moved"
+    torchrun(4, *command(data, whole, *FOUR, *plain))
+    shutil.copytree(whole, moved)
+    shutil.rmtree(moved / f"iter_{STEPS:07d}")
+    (moved / "latest_checkpointed_iteration.txt").write_text(str(SAVED_AT))
+    torchrun(2, *command(data, moved, *plain))
+    found, expected = scalars(moved, "lm loss"), scalars(whole, "lm loss")
+    assert found.keys() == expected.keys() == set(range(1, STEPS + 1))
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_sigterm_saves_and_exits(undisturbed: Path, data: Path, tmp_path: Path) -> None:
+    """torchrun passes SIGTERM on to every rank; the run saves where it is, and goes on as if nothing had been."""
+
+    def terminate(process: subprocess.Popen) -> None:
+        for pid in children(process):
+            os.kill(pid, signal.SIGTERM)
+
+    arguments = command(data, tmp_path, *FOUR)
+    assert interrupt(4, arguments, "iteration        2/", terminate) == 0
+    saved = int((tmp_path / "latest_checkpointed_iteration.txt").read_text())
+    assert 2 <= saved < STEPS
+    torchrun(4, *arguments)
+    assert scalars(tmp_path, "lm loss") == scalars(undisturbed, "lm loss")
+
+
+def test_logs(undisturbed: Path) -> None:
+    log = (undisturbed / "log").read_text()
+    losses = scalars(undisturbed, "lm loss")
+    assert losses[STEPS] < losses[1] - 0.3
+    assert set(scalars(undisturbed, "lm loss validation")) == {4, 8}
+    speed = scalars(undisturbed, "tokens-per-second")
+    assert set(speed) == set(range(1, STEPS + 1))
+    flops = scalars(undisturbed, "model-flops-per-second-per-device")
+    arch = build_architecture("sambay", 8, aspect_ratio=8, head_dim=8, local_window=16, vocab_size=VOCABULARY)
+    per_token = training_flops(arch, SEQUENCE_LENGTH)
+    assert flops[STEPS] * 4 == pytest.approx(speed[STEPS] * per_token, rel=1e-4)
+    # Megatron's own clock: milliseconds an iteration, in the line that follows ours.
+    milliseconds = float(re.findall(r"iteration \(ms\): ([0-9.]+)", log)[-1])
+    assert speed[STEPS] == pytest.approx(BATCH * SEQUENCE_LENGTH / milliseconds * 1e3, rel=0.05)
+
+
+def test_run_directory_says_what_it_holds(undisturbed: Path) -> None:
+    stored = json.loads((undisturbed / "architecture.json").read_text())
+    assert (stored["family"], stored["depth"], stored["pattern"]) == ("sambay", 8, "m-W-m-W-m-*-U-X-")
+
+
+def test_bf16_and_virtual_stages_train(data: Path, tmp_path: Path) -> None:
+    options = ("--pipeline-model-parallel-size", "2", "--num-virtual-stages-per-pipeline-rank", "2", "--bf16")
+    log = torchrun(2, *command(data, tmp_path, *options)).stdout
+    losses = scalars(tmp_path, "lm loss")
+    assert losses[STEPS] < losses[1] - 0.3, log[-2000:]
