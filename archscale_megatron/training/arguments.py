@@ -11,6 +11,8 @@ import math
 import sys
 from typing import Any
 
+from megatron.core.transformer.enums import AttnBackend
+
 from archscale_megatron import cpu
 from archscale_megatron.archs.architecture import PIPE, Architecture
 from archscale_megatron.archs.families import FAMILIES, build_architecture
@@ -18,15 +20,30 @@ from archscale_megatron.model.pipeline import split_by_compute
 
 VOCABULARY_MULTIPLE = 64  # ArchScale's padding
 
-# Megatron's attribute -> what a family's models need there. None: the option does not apply to them.
+# Megatron's attribute -> what the models here have instead of a choice. An option that says otherwise is refused: the
+# ones that would be ignored as well as those that would be wrong.
 FIXED: dict[str, Any] = {
-    "swiglu": True, "normalization": "RMSNorm", "add_bias_linear": False, "add_qkv_bias": False,
-    "group_query_attention": True, "context_parallel_size": 1,
-    "qk_layernorm": False, "qk_l2_norm": False, "attention_output_gate": False, "multi_latent_attention": False,
-    "use_mup": False, "window_size": None, "num_experts": None, "mtp_num_layers": None, "spec": None,
-    "squared_relu": False, "quick_geglu": False, "apply_layernorm_1p": False, "rotary_percent": 1.0,
-    "rotary_interleaved": False, "no_rope_freq": None, "softmax_type": "vanilla", "softmax_scale": None,
+    # layers
+    "swiglu": True, "squared_relu": False, "quick_geglu": False, "add_bias_linear": False, "add_qkv_bias": False,
+    "normalization": "RMSNorm", "layernorm_zero_centered_gamma": False, "group_query_attention": True,
+    "qk_layernorm": False,
+    "qk_l2_norm": False, "qk_clip": False, "attention_output_gate": False, "multi_latent_attention": False,
+    "softmax_type": "vanilla", "apply_query_key_layer_scaling": False, "window_size": None,
+    "window_attn_skip_freq": None, "attention_backend": AttnBackend.auto, "num_experts": None, "mtp_num_layers": None,
+    "experimental_attention_variant": None, "heterogeneous_layers_config_path": None, "spec": None,
+    "hybrid_override_pattern": None, "rotary_percent": 1.0, "rotary_interleaved": False, "no_rope_freq": None,
+    "rotary_seq_len_interpolation_factor": None, "use_rope_scaling": False, "fp16_lm_cross_entropy": False,
+    # initial values
+    "use_mup": False, "init_method_std": 0.02, "init_method_xavier_uniform": False, "embedding_init_method_std": None,
+    "init_model_with_meta_device": False,
+    # how it runs
+    "context_parallel_size": 1, "hybrid_context_parallel": False, "tp_comm_overlap": False,
+    "fine_grained_activation_offloading": False, "cuda_graph_impl": "none", "delay_wgrad_compute": False,
+    # data
+    "reset_position_ids": False, "reset_attention_mask": False, "dataloader_inter_document_masking": False,
+    "sft": False,
 }  # fmt: skip
+RECOMPUTE_MODULES = {"core_attn"}
 
 
 class ArgumentError(ValueError):
@@ -152,6 +169,13 @@ def _refuse_contradictions(args: argparse.Namespace, arch: Architecture, explici
             raise ArgumentError(
                 f"{explicit[name]} {getattr(args, name)} contradicts {family}, which has {value}; {advice}"
             )
+
+    modules = set(args.recompute_modules or RECOMPUTE_MODULES)
+    if args.recompute_granularity == "selective" and modules != RECOMPUTE_MODULES:
+        raise ArgumentError(
+            f"--recompute-modules {' '.join(sorted(modules))}: selective recompute knows "
+            f"{', '.join(RECOMPUTE_MODULES)} here; use that, or --recompute-granularity full"
+        )
 
 
 def _check_layout(args: argparse.Namespace, arch: Architecture) -> None:

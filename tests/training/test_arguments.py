@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 from megatron.training import global_vars
+from megatron.training.arguments import parse_args
 
 from archscale_megatron.archs.families import build_architecture
-from archscale_megatron.training.arguments import parse_arguments
+from archscale_megatron.training.arguments import FIXED, parse_arguments
 from archscale_megatron.training.run_directory import write_architecture
 from tests.training.data import write_dataset
 
@@ -70,6 +71,11 @@ def test_boundaries_by_hand_and_by_compute(parse: Parse) -> None:
     assert args.virtual_pipeline_model_parallel_size == 2
 
 
+def test_every_fixed_attribute_is_one_of_megatrons(parse: Parse, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["pretrain_archscale.py"])
+    assert set(FIXED) <= set(vars(parse_args()))
+
+
 REFUSED = [
     ([], "--train-model is required"),
     (["--train-model", "sambay"], "--depth is required"),
@@ -85,11 +91,14 @@ REFUSED = [
     ([*D16, "--head-dim", "0"], "--head-dim 0: must be a positive integer"),
     ([*D16, "--tensor-model-parallel-size", "8"], "--tensor-model-parallel-size 8: .* 4 key-value heads.* use 1, 2, 4"),
     ([*D16, "--tensor-model-parallel-size", "2"], "1 processes cannot be divided .* start a multiple of 2"),
-    ([*D16, "--pipeline-model-parallel-size", "2", "--num-virtual-stages-per-pipeline-rank", "20"], "use 1 to 32 stages"),
+    ([*D16, "--pipeline-model-parallel-size", "2", "--num-virtual-stages-per-pipeline-rank", "20"], "1 to 32 stages"),
     ([*D16, "--num-virtual-stages-per-pipeline-rank", "2"], "needs --pipeline-model-parallel-size of 2 or more"),
     ([*D16, "--global-batch-size", "3"], "must be a multiple of micro batch x data parallel size, 1 x 2 = 2"),
     ([*TINY, "--hybrid-layer-pattern", "m-W-"], "is not sambay at depth 8, which is m-W-m-W-m-"),
     ([*TINY, "--hybrid-layer-pattern", "m-W-m-W-m-||*-U-X-"], "none of them empty"),
+    ([*D16, "--reset-attention-mask"], "--reset-attention-mask True contradicts"),
+    ([*D16, "--attention-backend", "flash"], "contradicts"),
+    ([*D16, "--recompute-granularity", "selective", "--recompute-modules", "mlp"], "--recompute-modules mlp: .*core_a"),
     ([*D16, "--load", "nowhere"], "--load nowhere: no such directory"),
     ([*D16, "--vocab-size", "64", "--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", "gone"], "gone"),
 ]  # fmt: skip
