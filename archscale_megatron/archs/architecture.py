@@ -102,7 +102,8 @@ class Architecture:
         later = self.pattern[layer + 1 :]
         memory = self.memory_writer is not None and self.memory_writer <= layer and GMU in later
         kv = self.kv_writer is not None and self.kv_writer <= layer and CROSS_ATTENTION in later
-        return (("memory",) if memory else ()) + (("kv",) if kv else ())
+        both: Payload = ("memory", "kv")
+        return tuple(name for name, crosses in zip(both, (memory, kv), strict=True) if crosses)
 
     def payload_size(self, payload: Payload) -> int:
         """Channels of `payload`, over all tensor-parallel ranks."""

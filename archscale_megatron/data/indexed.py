@@ -6,8 +6,8 @@ vocabulary. `.idx` is, little endian:
     magic "MMIDIDX\\0\\0", version 1 (u64), dtype code (u8), S sequences (u64), D + 1 for D documents (u64),
     lengths int32[S], byte offsets int64[S], index of each document's first sequence int64[D + 1]
 
-The bytes equal those of `megatron.core.datasets.indexed_dataset.IndexedDatasetBuilder` (megatron-core 0.19.2),
-fed as Megatron's tools/preprocess_data.py feeds it: a document is one sequence, an empty document is none.
+The bytes equal those of megatron-core 0.19.2's `IndexedDatasetBuilder` (core/datasets/indexed_dataset.py), fed as
+Megatron's tools/preprocess_data.py feeds it: a document is one sequence, an empty document has none.
 """
 
 import os

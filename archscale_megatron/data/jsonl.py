@@ -116,7 +116,7 @@ def _blocks(path: str, stored: BinaryIO) -> Iterator[bytes]:
 
 
 def _zstd_blocks(stored: BinaryIO) -> Iterator[bytes]:
-    # zstandard's stream_reader takes a file that was cut short for a complete one, so frames are followed here.
+    # zstandard's stream_reader takes a file cut short for a complete one, so frames are followed here.
     frame = None
     while block := stored.read(_BLOCK_BYTES):
         while block:

@@ -1,4 +1,4 @@
-"""Text to token ids for preprocessing, without torch or megatron: the ids of Megatron's tokenizers, in batches.
+"""Text to the token ids of Megatron's tokenizers, in batches, without importing torch or megatron.
 
 | --tokenizer-type       | ids are those of                                       | end of document    |
 |------------------------|--------------------------------------------------------|--------------------|
@@ -48,8 +48,8 @@ class Tokenizer(Protocol):
 def load_tokenizer(tokenizer_type: str, model: str | None, backend: str = "auto") -> Tokenizer:
     """The tokenizer that Megatron's `--tokenizer-type` and `--tokenizer-model` name.
 
-    `backend` "auto" takes gigatoken for a Hugging Face byte-level BPE where its ids are those of `tokenizers`, and
-    says on stderr where they are not; "tokenizers" never does. Raises TokenizerError.
+    `backend` "auto" takes gigatoken for a Hugging Face byte-level BPE where its ids are those of `tokenizers`,
+    and says on stderr where they are not; "tokenizers" never does. Raises TokenizerError.
     """
     if tokenizer_type == "ByteLevelTokenizer":
         return ByteLevelTokenizer()
@@ -135,14 +135,20 @@ def flatten(documents: Sequence[Ids]) -> tuple[Ids, Ids]:
 
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_HARMLESS = (
+    "tokenizer_class",
+    "model_max_length",
+    "clean_up_tokenization_spaces",
+    "chat_template",
+    "padding_side",
+)
 
 
 def _load_plain(model: str) -> tuple[Any, str | None] | None:
     """(tokenizers.Tokenizer, its end token) of a directory whose tokenizer.json says everything, else None.
 
-    Importing transformers takes a second, but its tokenizer classes may change what tokenizer.json says (add a BOS,
-    a prefix space, tokens). PreTrainedTokenizerFast, which such directories mostly name, changes nothing if the
-    conditions below hold.
+    Importing transformers takes a second, but its tokenizer classes may change what tokenizer.json says (add a
+    BOS, a prefix space, tokens). PreTrainedTokenizerFast changes nothing if the conditions below hold.
     """
     from tokenizers import Tokenizer
 
@@ -150,25 +156,50 @@ def _load_plain(model: str) -> tuple[Any, str | None] | None:
         with open(os.path.join(model, "tokenizer_config.json"), encoding="utf-8") as file:
             config = json.load(file)
         with open(os.path.join(model, "tokenizer.json"), encoding="utf-8") as file:
-            text = file.read()
-    except (OSError, ValueError):
+            tokenizer = Tokenizer.from_str(file.read())
+        specials = {}
+        if os.path.exists(specials_map := os.path.join(model, "special_tokens_map.json")):
+            with open(specials_map, encoding="utf-8") as file:
+                specials = json.load(file)
+    except Exception:  # tokenizers raises no narrower class; transformers will say what is wrong
         return None
-    plain_config = set(config) <= {*_NAMED, "tokenizer_class", "model_max_length", "clean_up_tokenization_spaces"}
-    others = [name for name in ("added_tokens.json", "special_tokens_map.json") if os.path.exists(f"{model}/{name}")]
-    if not plain_config or others or config.get("tokenizer_class") != "PreTrainedTokenizerFast":
-        return None
-    tokenizer = Tokenizer.from_str(text)
-    added = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
+    tokens = tokenizer.get_added_tokens_decoder()
+    by_content = {token.content: token for token in tokens.values()}
     named = {name: config.get(name) for name in _NAMED}
-    if '"add_prefix_space":true' in tokenizer.to_str() or any(
-        token is not None and token not in added for token in named.values() if not isinstance(token, dict)
-    ):
+    plain = (
+        config.get("tokenizer_class") == "PreTrainedTokenizerFast"
+        and set(config) <= {*_NAMED, *_HARMLESS, "added_tokens_decoder", "extra_special_tokens"}
+        and all(_is_token(spec, by_content) for spec in named.values() if spec is not None)
+        and all(
+            _is_token(spec, by_content) and tokens[int(key)].content == spec["content"]
+            for key, spec in config.get("added_tokens_decoder", {}).items()
+        )
+        and all(
+            named.get(name) is not None and _content(named[name]) == _content(spec) and _is_token(spec, by_content)
+            for name, spec in specials.items()
+        )
+        and not config.get("extra_special_tokens")
+        and not os.path.exists(os.path.join(model, "added_tokens.json"))
+        and tokenizer.padding is None  # it brings a token
+        and not getattr(tokenizer.pre_tokenizer, "add_prefix_space", False)
+    )
+    if not plain:
         return None
-    if any(isinstance(token, dict) for token in named.values()):
-        return None
-    promoted, eos = _megatron_roles(named)
+    promoted, eos = _megatron_roles({name: spec if spec is None else _content(spec) for name, spec in named.items()})
     tokenizer.add_special_tokens(list(promoted.values()))
     return tokenizer, eos
+
+
+def _content(spec: str | dict[str, Any]) -> str:
+    return spec if isinstance(spec, str) else str(spec["content"])
+
+
+def _is_token(spec: str | dict[str, Any], tokens: dict[str, Any]) -> bool:
+    """Whether a token of tokenizer_config.json is in tokenizer.json with the same properties."""
+    token = tokens.get(_content(spec))
+    if token is None or isinstance(spec, str):
+        return token is not None and token.special
+    return all(getattr(token, name) == value for name, value in spec.items() if not name.startswith("__"))
 
 
 def _load_with_transformers(model: str) -> tuple[Any, str | None]:
@@ -182,18 +213,22 @@ def _load_with_transformers(model: str) -> tuple[Any, str | None]:
         raise TokenizerError(f"--tokenizer-model {model}: not a Hugging Face tokenizer ({reason})") from error
     if not tokenizer.is_fast:
         raise TokenizerError(f"--tokenizer-model {model}: has no tokenizer.json; save it as a fast tokenizer first")
-    promoted, eos = _megatron_roles({name: getattr(tokenizer, name) for name in _NAMED})
+    promoted, eos = _megatron_roles({name: tokenizer.special_tokens_map.get(name) for name in _NAMED})
     tokenizer.add_special_tokens(promoted)
     return tokenizer.backend_tokenizer, eos
 
 
 def _megatron_roles(named: dict[str, str | None]) -> tuple[dict[str, str], str | None]:
-    """Roles that Megatron's wrapper gives away, and the end token: eos and sep, bos and cls stand in for each other.
+    """Roles that Megatron's wrapper gives away (eos and sep, bos and cls for each other), and the end token.
 
     A token given a role becomes a special token: found in text, it is one id.
     """
     promoted = {}
-    for role, substitute in (("sep_token", "eos_token"), ("eos_token", "sep_token"), ("cls_token", "bos_token")):
+    for role, substitute in (
+        ("sep_token", "eos_token"),
+        ("eos_token", "sep_token"),
+        ("cls_token", "bos_token"),
+    ):
         if not named[role] and (token := named[substitute]):
             promoted[role] = token
     if not named["bos_token"] and (token := named["cls_token"]):

@@ -19,13 +19,12 @@ class HybridConfig(TransformerConfig):
         layer_pattern: `architecture.pattern` with a pipe at each boundary of (virtual) pipeline stages.
     """
 
-    architecture: Architecture | None = None
+    architecture: Architecture = None  # type: ignore[assignment]  # required, but behind fields with defaults
     layer_pattern: str = ""
 
     @property
     def boundary_payloads(self) -> list[Payload]:
         """What crosses each boundary, in order."""
-        assert self.architecture is not None
         return payloads(self.architecture, self.layer_pattern)
 
     def boundary_width(self, payload: Payload) -> int:
@@ -34,7 +33,6 @@ class HybridConfig(TransformerConfig):
         Each boundary has its own width in 1F1B. The interleaved schedule passes all boundaries through
         one call, so there all are as wide as the widest.
         """
-        assert self.architecture is not None
         interleaved = self.virtual_pipeline_model_parallel_size is not None
         candidates = self.boundary_payloads if interleaved else [payload]
         return max(packed_width(self.architecture, p, self) for p in candidates)

@@ -48,10 +48,10 @@ class SharedStateStack(MegatronModule):
         super().__init__(config)
         self.pre_process, self.post_process = pre_process, post_process
         self.tp_group = pg_collection.tp
-        self.input_tensor: Tensor | None = None
+        self.input_tensor: Any = None  # a Tensor once the schedule has set it
         arch = config.architecture
         writers = (arch.memory_writer, arch.kv_writer)
-        self.layers = nn.ModuleList()
+        self.layers: Any = nn.ModuleList()
         for index, symbol in enumerate(layer_type_list, start=pp_layer_offset):
             with get_fp8_context(config, index, is_init=True) if config.fp8 else nullcontext():
                 layer = build_module(

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -29,7 +30,7 @@ VOCABULARY_BLOCK = (
 )
 
 
-def named_global_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+def named_global_parameters(model: Any) -> Iterator[tuple[str, Any]]:
     """Parameters with layers numbered as in the whole model; tied output weights are the embedding."""
     layers = {f"decoder.layers.{i}.": layer.layer_number - 1 for i, layer in enumerate(model.decoder.layers)}
     for name, parameter in model.named_parameters():

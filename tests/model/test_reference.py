@@ -1,0 +1,223 @@
+"""Whole models against `tests/reference.py` in float64: losses, logits, and the gradient of every parameter."""
+
+import functools
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from megatron.core.models.hybrid.hybrid_model import HybridModel
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from torch import Tensor
+
+from archscale_megatron.archs.architecture import Architecture
+from archscale_megatron.archs.families import build_architecture
+from tests.model.building import build
+from tests.reference import MISTAKES, Reference, token_losses
+
+pytestmark = pytest.mark.usefixtures("one_process")
+
+FAMILIES = ("transformer", "samba", "sambay")
+BATCH, SEQUENCE = 2, 37  # several windows, and a multiple of nothing
+
+# Errors in the largest value of a tensor. The worst of all gradients is 7e-6 off; the reference itself, were it run
+# in fp32, 9e-6: that is what roundings of 6e-8 grow to in such models.
+FP32 = 1e-5
+# Root mean square error in that of the tensor: bf16 rounds by up to 4e-3, and 2.4e-2 was the worst.
+BF16 = 5e-2
+NOTICED = 5e-3  # what a mistake changes at least, in the largest value; the least of them changes 7e-2
+
+
+def architecture(family: str, tied: bool = True) -> Architecture:
+    """Depth 8, width 40: 8 heads of 8 channels, 4 key-value heads, 80 Mamba channels, 3 ranks of dt."""
+    return build_architecture(
+        family, 8, aspect_ratio=5, head_dim=8, num_heads=8, num_kv_heads=4, local_window=5, vocab_size=96,
+        tied_embeddings=tied,
+    )  # fmt: skip
+
+
+def reference_for(arch: Architecture, mistake: str | None = None) -> Reference:
+    return Reference(
+        arch.family, arch.depth, arch.num_attention_heads, arch.num_query_groups, arch.window, arch.rotary_base,
+        mistake,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def randomise(model: HybridModel) -> None:
+    """Parameters with which no layer is negligible, unlike the initial ones, nor any factor next to 1."""
+    generator = torch.Generator().manual_seed(7)
+    for name, parameter in sorted(model.named_parameters()):
+        shape = parameter.shape
+        normal, uniform = (draw(shape, generator=generator) for draw in (torch.randn, torch.rand))
+        if "embedding" in name:
+            values = 0.05 * normal  # small: the norm's epsilon counts
+        elif "norm" in name or name.endswith(".D"):
+            values = 1 + 0.3 * normal
+        elif name.endswith("A_log"):
+            values = (0.5 + 15.5 * uniform).log()
+        elif name.endswith("dt_proj.bias"):  # steps of 1e-3 to 0.1
+            values = (uniform * math.log(100) + math.log(1e-3)).exp().expm1().log()
+        elif ".conv1d." in name:
+            values = 0.5 * normal
+        else:
+            values = normal / math.sqrt(shape[1])
+        parameter.copy_(values)
+
+
+def batch() -> tuple[Tensor, Tensor, Tensor]:
+    """tokens and labels [b, s], and a weight for each token's loss, so that no two count alike."""
+    generator = torch.Generator().manual_seed(11)
+    tokens = torch.randint(96, (BATCH, SEQUENCE + 1), generator=generator)
+    return tokens[:, :-1], tokens[:, 1:], torch.rand(BATCH, SEQUENCE, generator=generator)
+
+
+def run(model: HybridModel) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """logits [b, s, vocabulary], losses [b, s] and the gradients of the weighted loss."""
+    tokens, labels, weights = (x.cuda() for x in batch())
+    positions = torch.arange(SEQUENCE, device=tokens.device).expand_as(tokens)
+    with torch.no_grad():
+        logits = model(tokens, positions, None)
+    model.zero_grad()
+    losses = model(tokens, positions, None, labels=labels)
+    (losses * weights).sum().backward()
+    return logits, losses.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a model computes, and what the reference does with the same parameters."""
+
+    model: HybridModel
+    got: tuple[Tensor, Tensor, dict[str, Tensor]]
+    parameters: dict[str, Tensor]
+    expected: tuple[Tensor, Tensor, dict[str, Tensor]]
+
+
+@functools.cache
+def comparison(family: str, tied: bool = True, dtype: torch.dtype = torch.float32) -> Comparison:
+    arch = architecture(family, tied)
+    model = build(arch, dtype)
+    randomise(model)
+    got = run(model)
+    parameters = {name: p.detach().double().cpu().requires_grad_() for name, p in model.named_parameters()}
+    tokens, labels, weights = batch()
+    logits = reference_for(arch).logits(parameters, tokens)
+    losses = token_losses(logits, labels)
+    (losses * weights).sum().backward()
+    gradients = {name: p.grad for name, p in parameters.items()}
+    return Comparison(model, got, parameters, (logits.detach(), losses.detach(), gradients))
+
+
+def error(got: Tensor, expected: Tensor) -> float:
+    assert got.shape == expected.shape
+    return ((got.double().cpu() - expected).abs().max() / expected.abs().max()).item()
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_model_is_the_reference(family: str, tied: bool) -> None:
+    c = comparison(family, tied)
+    (logits, losses, gradients), (ref_logits, ref_losses, ref_gradients) = c.got, c.expected
+    assert ("output_layer.weight" in c.parameters) is not tied
+    assert error(logits, ref_logits) < FP32
+    assert error(losses, ref_losses) < FP32
+    errors = {name: error(gradients[name], ref_gradients[name]) for name in ref_gradients}
+    assert max(errors.values()) < FP32, max(errors.items(), key=lambda item: item[1])
+
+
+@pytest.mark.parametrize(("family", "mistake"), [(f, m) for f in FAMILIES for m in MISTAKES[f]])
+def test_the_comparison_notices(family: str, mistake: str) -> None:
+    c = comparison(family)
+    with torch.no_grad():
+        logits = reference_for(architecture(family), mistake).logits(c.parameters, batch()[0])
+    assert error(c.got[0], logits) > NOTICED
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_causal(family: str) -> None:
+    """A token changes its own logits and later ones, no earlier one, not even by a rounding."""
+    c = comparison(family)
+    tokens = batch()[0].cuda()
+    positions = torch.arange(SEQUENCE, device=tokens.device).expand_as(tokens)
+    at = 20
+    changed = tokens.clone()
+    changed[:, at] = (changed[:, at] + 1) % 96
+    with torch.no_grad():
+        logits = c.model(changed, positions, None)
+    same = (logits == c.got[0]).all(-1)
+    assert same[:, :at].all() and not same[:, at:].any()
+
+
+RECOMPUTE = {
+    "uniform 1": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    "uniform 3": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 3},
+    "block 11": {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 11},
+    "core_attn": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+}
+
+
+def gradients_and_calls(dropout: float, **options: object) -> tuple[dict[str, Tensor], list[int], int]:
+    """Gradients; how often each layer ran, and all core attentions together, forward and backward."""
+    model = build(architecture("sambay"), hidden_dropout=dropout, attention_dropout=dropout, **options)
+    randomise(model)
+    layers, attentions = [0] * len(model.decoder.layers), [0]
+
+    def count(counts: list[int], index: int, *_: object) -> None:
+        counts[index] += 1
+
+    for i, layer in enumerate(model.decoder.layers):
+        layer.register_forward_pre_hook(functools.partial(count, layers, i))
+        if hasattr(layer.mixer, "core_attention"):
+            layer.mixer.core_attention.register_forward_pre_hook(functools.partial(count, attentions, 0))
+    model_parallel_cuda_manual_seed(5, force_reset_rng=True)
+    tokens, labels, weights = (x.cuda() for x in batch())
+    (model(tokens, torch.zeros_like(tokens), None, labels=labels) * weights).sum().backward()
+    return {name: p.grad for name, p in model.named_parameters()}, layers, attentions[0]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("method", RECOMPUTE)
+def test_recompute_changes_no_gradient(method: str, dropout: float) -> None:
+    """Bit for bit, with the same dropout; and what should be recomputed is."""
+    plain, layers, attentions = gradients_and_calls(dropout)
+    assert (layers, attentions) == ([1] * 16, 4)
+    recomputed, layers, attentions = gradients_and_calls(dropout, **RECOMPUTE[method])
+    expected = {"block 11": [2] * 11 + [1] * 5, "core_attn": [1] * 16}.get(method, [2] * 16)
+    assert layers == expected
+    assert attentions == (7 if method == "block 11" else 8)
+    for name, gradient in plain.items():
+        assert torch.equal(gradient, recomputed[name]), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bf16(family: str) -> None:
+    """Parameters and matrix products in bf16; the residual stream and the scan's parameters in fp32."""
+    c = comparison(family, dtype=torch.bfloat16)
+    model = c.model.bfloat16()  # what Float16Module does
+    streams: list[Tensor] = []
+    hooks = [layer.register_forward_hook(lambda *a: streams.append(a[-1])) for layer in model.decoder.layers]
+    logits = run(model)[0]
+    for hook in hooks:
+        hook.remove()
+    assert len(streams) == 2 * len(model.decoder.layers)  # run() is two passes
+    assert {stream.dtype for stream in streams} == {torch.float32}
+    # Nor are they bf16 values in disguise: most of a sum's low bits are not zero.
+    assert all((stream.bfloat16().float() != stream).float().mean() > 0.5 for stream in streams)
+    for name, parameter in model.named_parameters():
+        fp32 = name.endswith(("A_log", "mixer.D", "dt_proj.bias"))
+        assert parameter.dtype == (torch.float32 if fp32 else torch.bfloat16), name
+        assert torch.equal(parameter.detach().double().cpu(), c.parameters[name]), name  # the cast kept them
+    assert torch.equal(logits, c.got[0])
+    for got, expected in zip(c.got[:2], c.expected[:2], strict=True):
+        assert (got.double().cpu() - expected).norm() / expected.norm() < BF16
+
+
+def test_bf16_norm_takes_the_stream_unrounded() -> None:
+    """Its output is rounded once: by half a unit of bf16's last place, at most 2^-8, and a little for fp32."""
+    norm = comparison("transformer", dtype=torch.bfloat16).model.decoder.final_norm
+    x = torch.randn(64, 40, generator=torch.Generator().manual_seed(3), dtype=torch.float64).float()
+    expected = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight.double().cpu()
+    got = norm(x.cuda())
+    assert got.dtype == torch.bfloat16
+    assert ((got.double().cpu() - expected).abs() <= 2**-8 * (1 + 1e-4) * expected.abs()).all()

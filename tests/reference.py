@@ -1,0 +1,203 @@
+"""Whole models in plain torch: loops, dense masks, whatever precision the parameters have.
+
+Written from the formulas (SambaY arXiv 2507.06607, Mamba arXiv 2312.00752, YOCO arXiv 2405.05254, RoPE arXiv
+2104.09864) and sharing no code with the package, so that tests can hold the package against it. Only the names
+and layouts of the parameters are the package's.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MISTAKES = {
+    "transformer": (
+        "gate and up swapped", "heads interleaved over key-value heads", "norm epsilon 1e-4", "RoPE interleaved",
+    ),
+    "samba": (
+        "gate and up swapped", "heads interleaved over key-value heads", "norm epsilon 1e-4", "RoPE interleaved",
+        "window one too small", "window one too large", "x and z swapped", "B and C swapped", "conv shifted by one",
+        "no step size bias",
+    ),
+    "sambay": (
+        "gate and up swapped", "heads interleaved over key-value heads", "norm epsilon 1e-4", "RoPE added",
+        "window one too small", "window one too large", "x and z swapped", "B and C swapped", "conv shifted by one",
+        "no step size bias", "memory after the gate", "memory without D x", "memory of the wrong layer",
+        "keys and values of the wrong layer",
+    ),
+}  # fmt: skip
+"""Family -> single mistakes that its `Reference` can be told to make."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """One model; `window` counts the current token, `rotary_base` None is no position embeddings."""
+
+    family: str
+    depth: int
+    num_heads: int
+    num_kv_heads: int
+    window: int
+    rotary_base: float | None
+    mistake: str | None = None
+
+    def mixers(self) -> list[str]:
+        """The mixer of each layer."""
+        half, kinds = self.depth // 2, []
+        for i in range(self.depth):
+            even = i % 2 == 0
+            if self.family == "transformer":
+                kinds.append("full")
+            elif self.family == "samba" or i < half:
+                kinds.append("mamba" if even else "window")
+            elif i <= half + 1:
+                kinds.append("mamba" if even else "full")
+            else:
+                kinds.append("gmu" if even else "cross")
+        return kinds
+
+    def logits(self, parameters: dict[str, Tensor], tokens: Tensor) -> Tensor:
+        """tokens [b, s] -> [b, s, vocabulary]."""
+        embedding = parameters["embedding.word_embeddings.weight"]
+        kinds = self.mixers()
+        memories: dict[int, Tensor] = {}  # layer -> [b, s, d_inner]
+        shared: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys and values, [b, s, kv heads, head_dim]
+        memory_layer, kv_layer = self.depth // 2, self.depth // 2 + 1
+        if self.mistake == "memory of the wrong layer":
+            memory_layer -= 2
+        if self.mistake == "keys and values of the wrong layer":
+            kv_layer -= 2
+
+        x = embedding[tokens]
+        for i, kind in enumerate(kinds):
+            p = _layer(parameters, 2 * i)
+            u = self._norm(x, p["norm.weight"])
+            if kind == "mamba":
+                out, memories[i] = self._mamba(u, p)
+            elif kind == "gmu":
+                gate = _silu(u @ p["mixer.in_proj.weight"].T)
+                out = (gate * memories[memory_layer]) @ p["mixer.out_proj.weight"].T
+            else:
+                if kind == "cross":
+                    query = (u @ p["mixer.linear_q.weight"].T).unflatten(-1, (self.num_heads, -1))
+                    query, (key, value) = self._rotate(query), shared[kv_layer]
+                else:
+                    query, key, value = self._query_key_value(u, p["mixer.linear_qkv.weight"])
+                    query, key = self._rotate(query), self._rotate(key)
+                    shared[i] = key, value
+                out = self._attention(query, key, value, self._mask(tokens.shape[1], kind))
+                out = out @ p["mixer.linear_proj.weight"].T
+            x = x + out
+            p = _layer(parameters, 2 * i + 1)
+            x = x + self._mlp(self._norm(x, p["norm.weight"]), p)
+        x = self._norm(x, parameters["decoder.final_norm.weight"])
+        return x @ parameters.get("output_layer.weight", embedding).T
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        epsilon = 1e-4 if self.mistake == "norm epsilon 1e-4" else 1e-5
+        return x / torch.sqrt((x * x).mean(-1, keepdim=True) + epsilon) * weight
+
+    def _mlp(self, x: Tensor, p: dict[str, Tensor]) -> Tensor:
+        gate, up = (x @ half.T for half in p["mixer.linear_fc1.weight"].chunk(2))
+        if self.mistake == "gate and up swapped":
+            gate, up = up, gate
+        return (_silu(gate) * up) @ p["mixer.linear_fc2.weight"].T
+
+    def _query_key_value(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The rows of `weight`, for each key-value head: its queries' heads, its key, its value."""
+        per_group = self.num_heads // self.num_kv_heads
+        heads = (x @ weight.T).unflatten(-1, (self.num_kv_heads * (per_group + 2), -1))
+        query, key, value = [], [], []
+        for group in range(self.num_kv_heads):
+            first = group * (per_group + 2)
+            query += [heads[:, :, first + j] for j in range(per_group)]
+            key.append(heads[:, :, first + per_group])
+            value.append(heads[:, :, first + per_group + 1])
+        return torch.stack(query, 2), torch.stack(key, 2), torch.stack(value, 2)
+
+    def _rotate(self, x: Tensor) -> Tensor:
+        """x [b, s, heads, d]: channels j and j + d / 2 turn by the angle position * base^(-2 j / d)."""
+        base = 10000.0 if self.mistake == "RoPE added" else self.rotary_base
+        if base is None:
+            return x
+        s, d = x.shape[1], x.shape[-1]
+        angle = torch.tensor([[t * base ** (-2 * j / d) for j in range(d // 2)] for t in range(s)], dtype=x.dtype)
+        cos, sin = angle.cos()[:, None], angle.sin()[:, None]
+        if self.mistake == "RoPE interleaved":
+            a, b = x[..., 0::2], x[..., 1::2]
+            return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
+        a, b = x[..., : d // 2], x[..., d // 2 :]
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+    def _mask(self, s: int, kind: str) -> Tensor:
+        """bool [s, s]: may query t see key u?"""
+        wrong = {"window one too small": -1, "window one too large": 1}.get(self.mistake or "", 0)
+        window = self.window + wrong if kind == "window" else s
+        return torch.tensor([[0 <= t - u < window for u in range(s)] for t in range(s)])
+
+    def _attention(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+        """query [b, s, heads, d], key and value [b, s, kv heads, d] -> [b, s, heads * d]."""
+        out = []
+        for head in range(self.num_heads):
+            group = head // (self.num_heads // self.num_kv_heads)
+            if self.mistake == "heads interleaved over key-value heads":
+                group = head % self.num_kv_heads
+            scores = query[:, :, head] @ key[:, :, group].mT / math.sqrt(query.shape[-1])
+            out.append(scores.masked_fill(~mask, -math.inf).softmax(-1) @ value[:, :, group])
+        return torch.cat(out, -1)
+
+    def _mamba(self, u: Tensor, p: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """u [b, s, w] -> the mixer's output [b, s, w], and the memory [b, s, d_inner]."""
+        x, z = (u @ half.T for half in p["mixer.in_proj.weight"].chunk(2))
+        if self.mistake == "x and z swapped":
+            x, z = z, x
+        x = self._conv(x, p["mixer.conv1d.weight"], p["mixer.conv1d.bias"])
+
+        n, rank = p["mixer.A_log"].shape[1], p["mixer.dt_proj.weight"].shape[1]
+        steps, B, C = (x @ p["mixer.x_proj.weight"].T).split([rank, n, n], -1)
+        if self.mistake == "B and C swapped":
+            B, C = C, B
+        steps = steps @ p["mixer.dt_proj.weight"].T
+        if self.mistake != "no step size bias":
+            steps = steps + p["mixer.dt_proj.bias"]
+        delta = torch.log(1 + torch.exp(steps))
+
+        A, D = -torch.exp(p["mixer.A_log"]), p["mixer.D"]
+        h, scanned = x.new_zeros(*x[:, 0].shape, n), []
+        for t in range(x.shape[1]):
+            decay = torch.exp(delta[:, t, :, None] * A)
+            h = decay * h + (delta[:, t] * x[:, t])[..., None] * B[:, t, None]
+            scanned.append((h * C[:, t, None]).sum(-1))
+        scan = torch.stack(scanned, 1)
+        y = scan + D * x
+        gated = y * _silu(z)
+        memory = {"memory after the gate": gated, "memory without D x": scan}.get(self.mistake or "", y)
+        return gated @ p["mixer.out_proj.weight"].T, memory
+
+    def _conv(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """silu of the causal depthwise convolution; the last tap is the current token's."""
+        taps = weight.shape[-1]
+        late = 1 if self.mistake == "conv shifted by one" else 0
+        out = []
+        for t in range(x.shape[1]):
+            y = bias.expand_as(x[:, t])
+            for j in range(taps):
+                if t - j - late >= 0:
+                    y = y + weight[:, 0, taps - 1 - j] * x[:, t - j - late]
+            out.append(_silu(y))
+        return torch.stack(out, 1)
+
+
+def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropy: logits [b, s, vocabulary], labels [b, s] -> [b, s]."""
+    return logits.logsumexp(-1) - logits.gather(-1, labels[..., None])[..., 0]
+
+
+def _layer(parameters: dict[str, Tensor], number: int) -> dict[str, Tensor]:
+    prefix = f"decoder.layers.{number}."
+    return {name.removeprefix(prefix): p for name, p in parameters.items() if name.startswith(prefix)}
+
+
+def _silu(x: Tensor) -> Tensor:
+    return x / (1 + torch.exp(-x))
