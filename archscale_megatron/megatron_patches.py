@@ -31,6 +31,7 @@ def apply() -> None:
         _save_copies_of_tensors()
     _skip_compiled_helpers()
     _adam_without_fused_libraries()
+    _fp32_parameters_first()
     _synchronous_save_without_manager()
     _optimizer_overrides_hook()
     _layer_symbols()
@@ -141,6 +142,28 @@ def _adam_without_fused_libraries() -> None:
     optimizer.Adam = distrib_optimizer.Adam = FusedAdam
     optimizer.USING_PYTORCH_OPTIMIZER = False
     distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
+
+
+def _fp32_parameters_first() -> None:
+    """In a parameter group with fp32 and bf16 parameters, the distributed optimizer numbers them as they come, but then
+    puts the fp32 ones first: it saves and loads the state of others. Mamba-1 has such groups (A_log, D, dt_proj.bias).
+
+    core/optimizer/distrib_optimizer.py:300 (`_build_optimizer_group_ranges`), against the order made in
+    `_build_model_and_main_param_groups`. On a GPU as well.
+    """
+    import torch
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    original = DistributedOptimizer._build_optimizer_group_ranges.__func__
+
+    def build(cls: type, param_groups: list[Any], gbuf_ranges: list[Any]) -> tuple[dict[Any, Any], list[Any]]:
+        index, group_ranges = original(cls, param_groups, gbuf_ranges)
+        for number, group in enumerate(group_ranges):
+            group["params"].sort(key=lambda parameter: parameter.dtype != torch.float32)
+            index.update({parameter: (number, order) for order, parameter in enumerate(group["params"])})
+        return index, group_ranges
+
+    DistributedOptimizer._build_optimizer_group_ranges = classmethod(build)
 
 
 def _synchronous_save_without_manager() -> None:

@@ -52,6 +52,14 @@ GUARDED = {
         ("core/optimizer/distrib_optimizer.py", "DistributedOptimizer.state_dict", "8881ca2f5638"),
         ("core/optimizer/distrib_optimizer.py", "DistributedOptimizer.load_state_dict", "5c2af1e56e0b"),
     ],
+    "_fp32_parameters_first": [
+        ("core/optimizer/distrib_optimizer.py", "DistributedOptimizer._build_optimizer_group_ranges", "41e95fbf717f"),
+        (
+            "core/optimizer/distrib_optimizer.py",
+            "DistributedOptimizer._build_model_and_main_param_groups",
+            "8cb3e3830d39",
+        ),
+    ],
     "_synchronous_save_without_manager": [
         ("core/dist_checkpointing/strategies/torch.py", "TorchDistSaveShardedStrategy.save", "0ab52a544c46"),
         (
@@ -273,6 +281,23 @@ def check_adam_without_fused_libraries() -> None:
         save_and_load()
     megatron_patches._adam_without_fused_libraries()
     save_and_load()
+
+
+def check_fp32_parameters_first() -> None:
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    from archscale_megatron import megatron_patches
+
+    fp32, bf16 = (torch.nn.Parameter(torch.zeros(1, dtype=dtype)) for dtype in (torch.float32, torch.bfloat16))
+    ranges = [{p.dtype: [{"param_map": {p: None}}] for p in (bf16, fp32)}]
+
+    def places() -> list[tuple[int, int]]:
+        index, _ = DistributedOptimizer._build_optimizer_group_ranges([{"params": [bf16, fp32]}], ranges)
+        return [index[fp32], index[bf16]]
+
+    assert places() == [(0, 1), (0, 0)]
+    megatron_patches._fp32_parameters_first()
+    assert places() == [(0, 0), (0, 1)]
 
 
 def check_optimizer_overrides_hook() -> None:
