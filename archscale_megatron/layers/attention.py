@@ -23,8 +23,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from archscale_megatron.ops.attention import attention
 from archscale_megatron.layers.shared_state import SequenceContext, SharedState
+from archscale_megatron.ops.attention import attention
 
 
 class CoreAttention(MegatronModule):

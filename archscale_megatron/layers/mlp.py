@@ -10,6 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from archscale_megatron.layers.shared_state import SequenceContext, SharedState
+from archscale_megatron.ops.swiglu import swiglu
 
 
 class MLPMixer(MLP):
@@ -29,7 +30,11 @@ class MLPMixer(MLP):
     def forward(
         self, hidden_states: Tensor, state: SharedState, context: SequenceContext
     ) -> tuple[Tensor, Tensor | None]:
-        return super().forward(hidden_states)
+        """hidden_states [s, b, h] -> the same shape."""
+        if self.config.bias_activation_fusion:  # compiled, for a GPU
+            return super().forward(hidden_states)
+        gate_up, _ = self.linear_fc1(hidden_states)
+        return self.linear_fc2(swiglu(gate_up))
 
 
 def mlp_spec(backend: BackendSpecProvider) -> ModuleSpec:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+import traceback
 from typing import Any
 
 from megatron.core.transformer.enums import AttnBackend
@@ -92,7 +93,9 @@ def parse_arguments() -> argparse.Namespace:
             write_architecture(args.save, args.architecture)
     except (AssertionError, OSError, ValueError) as error:
         if args.rank == 0:
-            print(f"pretrain_archscale: error: {error}", file=sys.stderr, flush=True)
+            # Some of Megatron's assertions have no message: then what it asserted.
+            message = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
+            print(f"pretrain_archscale: error: {message}", file=sys.stderr, flush=True)
         sys.exit(2)
     return args
 
@@ -112,9 +115,10 @@ def apply_arguments(args: argparse.Namespace, explicit: dict[str, str]) -> None:
     Raises:
         ArgumentError: something contradicts something else.
     """
-    for name in ("train_model", "depth", "seq_length", "micro_batch_size"):
+    for name in ("train_model", "depth", "seq_length", "micro_batch_size", "lr"):
         if getattr(args, name) is None:
             raise ArgumentError(f"--{name.replace('_', '-')} is required")
+    _check_schedule(args)
     try:
         arch = args.architecture = build_architecture(
             args.train_model,
@@ -204,6 +208,19 @@ def _check_layout(args: argparse.Namespace, arch: Architecture) -> None:
         )
 
 
+def _check_schedule(args: argparse.Namespace) -> None:
+    if (args.train_iters is None) == (args.train_samples is None):
+        raise ArgumentError("give one of --train-iters and --train-samples")
+    for unit in ("iters", "samples"):
+        warmup = getattr(args, f"lr_warmup_{unit}") or 0
+        decay = getattr(args, f"lr_decay_{unit}") or getattr(args, f"train_{unit}")
+        if decay is not None and warmup >= decay:
+            raise ArgumentError(
+                f"--lr-warmup-{unit} {warmup}: must be less than the {decay} {unit} over which the rate decays "
+                f"(--lr-decay-{unit}, or --train-{unit})"
+            )
+
+
 def _set_dimensions(args: argparse.Namespace, arch: Architecture) -> None:
     for name, value in FIXED.items():
         setattr(args, name, value)
@@ -260,6 +277,8 @@ def _defaults() -> dict[str, Any]:
         "make_vocab_size_divisible_by": VOCABULARY_MULTIPLE,
         "dist_ckpt_optim_fully_reshardable": True,  # a checkpoint loads at any layout
         "exit_signal_handler": True,  # SIGTERM saves and exits
+        "save_interval": 1000,
+        "eval_interval": 1000,
         "transformer_impl": "transformer_engine" if _installed("transformer_engine") else "local",
         "gradient_accumulation_fusion": _installed("fused_weight_gradient_mlp_cuda"),
         "masked_softmax_fusion": False,  # our attention has no separate softmax
