@@ -1,0 +1,54 @@
+# `make help` lists the targets. The first one that needs Python makes .venv and installs into it.
+# Another Python than the one that tools/find_python.sh finds: make PYTHON=/path/to/python TARGET
+
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+.PHONY: help install test test-gpu test-slow checks demo clean
+
+export PYTHON
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PYTEST := $(BIN)/python -m pytest
+# Two threads for the numerical tests; tests that start several processes give one to each.
+THREADS := OMP_NUM_THREADS=2
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
+
+install: $(INSTALLED) ## make .venv, with the tested versions of everything
+
+# Again whenever what should be installed changes. The stamp comes last, so a broken install starts over.
+$(INSTALLED): setup.cfg pyproject.toml constraints.txt .python-version tools/find_python.sh
+	@python=$$(tools/find_python.sh) || exit 1; \
+	$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null \
+		|| { echo "making $(VENV) with $$python"; "$$python" -m venv --clear $(VENV); }
+	@$(BIN)/python -c 'import sys; v = sys.version_info; v[:2] == (3, 12) or \
+		print(f"note: this is Python {v[0]}.{v[1]}; constraints.txt was tested with 3.12")'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,hf]'
+	@touch $@
+
+test: install checks ## all tests that need no GPU, after the checks
+	$(THREADS) $(PYTEST) -m "not gpu and not slow" --durations 15 \
+		--ignore tests/test_readme.py --ignore tests/test_examples.py
+
+test-slow: install ## the tests that take minutes each
+	$(THREADS) $(PYTEST) -m "slow and not gpu" --durations 15
+
+test-gpu: install ## the tests that need a GPU
+	$(THREADS) $(PYTEST) -m gpu --durations 15
+
+checks: install ## format, lint, types; commands of the README; arguments of the examples
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy archscale_megatron
+	$(PYTEST) -q tests/test_readme.py tests/test_examples.py
+
+demo: install ## text to trained model, on this machine
+	$(BIN)/python tools/demo.py
+
+clean: ## remove .venv and caches
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
