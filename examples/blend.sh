@@ -3,7 +3,7 @@
 #
 #     examples/blend.sh                              # three datasets, 1 in 100 documents for validation
 #     SPLITS=given examples/blend.sh                 # datasets of their own for training and for validation
-#     GPUS=1 examples/blend.sh --train-iters 100
+#     GPUS=1 examples/blend.sh --train-iters 1000
 set -euo pipefail
 
 CORPUS=${CORPUS:-data}                     # directory of what tools/preprocess_data.py wrote

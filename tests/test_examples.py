@@ -29,7 +29,7 @@ CASES: dict[str, tuple[Path, list[str], dict[str, str], int, str | None]] = {
     "128 nodes, pp 2": (SLURM, ["--pipeline-model-parallel-size", "2"], {}, 1024, None),
     "blend": (BLEND, [], {}, 8, None),
     "blend, splits": (BLEND, [], {"SPLITS": "given"}, 8, None),
-    "blend, 1 gpu": (BLEND, ["--train-iters", "100"], {"GPUS": "1"}, 1, None),
+    "blend, 1 gpu": (BLEND, ["--train-iters", "1000"], {"GPUS": "1"}, 1, None),
 }
 
 
