@@ -41,6 +41,23 @@ PARTITION_DIM = {
 FP32_PARAMETERS = ("A_log", "D", "dt_proj.bias")
 
 
+class CausalConv1d(nn.Conv1d):
+    """The depthwise causal convolution with its silu. A module that is called, like StepSizeProjection, because DDP
+    waits for the parameters of a module when it is called (--overlap-param-gather)."""
+
+    def forward(self, x: Tensor, document_starts: Tensor | None) -> Tensor:  # type: ignore[override]
+        """x [s, b, d] -> [s, b, d]."""
+        return causal_conv1d(x, self.weight, self.bias, document_starts=document_starts)
+
+
+class StepSizeProjection(nn.Linear):
+    """dt_proj, without its bias: the scan adds that, in fp32."""
+
+    def forward(self, dt: Tensor) -> Tensor:
+        """dt [s, b, dt_rank] -> [s, b, d]."""
+        return F.linear(dt, self.weight)
+
+
 @dataclass
 class Mamba1MixerSubmodules:
     in_proj: type
@@ -93,9 +110,9 @@ class Mamba1Mixer(MegatronModule):
             tp_group=self.tp_group,
             stride=2,  # each rank holds a slice of x and one of z
         )
-        self.conv1d = nn.Conv1d(d_local, d_local, conv_kernel, groups=d_local, **options)
+        self.conv1d = CausalConv1d(d_local, d_local, conv_kernel, groups=d_local, **options)
         self.x_proj = nn.Linear(d_local, dt_rank + 2 * state_size, bias=False, **options)
-        self.dt_proj = nn.Linear(dt_rank, d_local, bias=False, **options)
+        self.dt_proj = StepSizeProjection(dt_rank, d_local, bias=False, **options)
         self.dt_proj.bias = nn.Parameter(torch.empty(d_local, **fp32))
         self.A_log = nn.Parameter(torch.empty(d_local, state_size, **fp32))
         self.D = nn.Parameter(torch.empty(d_local, **fp32))
@@ -130,13 +147,13 @@ class Mamba1Mixer(MegatronModule):
         """hidden_states [s, b, h] (s / tp under sequence parallelism) -> the same shape."""
         xz, _ = self.in_proj(hidden_states)
         x, z = xz.chunk(2, dim=-1)
-        x = causal_conv1d(x, self.conv1d.weight, self.conv1d.bias, document_starts=context.document_starts)
-        dt_B_C = reduce_from_tensor_model_parallel_region(F.linear(x, self.x_proj.weight), self.tp_group)
+        x = self.conv1d(x, context.document_starts)
+        dt_B_C = reduce_from_tensor_model_parallel_region(self.x_proj(x), self.tp_group)
         dt_B_C = copy_to_tensor_model_parallel_region(dt_B_C, self.tp_group)
         dt, B, C = dt_B_C.split([self.dt_rank, self.state_size, self.state_size], dim=-1)
         y = selective_scan(
             x,
-            F.linear(dt, self.dt_proj.weight),
+            self.dt_proj(dt),
             -torch.exp(self.A_log),
             B,
             C,

@@ -84,6 +84,7 @@ def parse_arguments() -> argparse.Namespace:
     args = parse_args(provider)
     try:
         apply_arguments(args, explicit_options(parsers[0]))
+        _check_schedule(args)
         check_data(args)
         check_run_directories(args)
         validate_args(args)
@@ -115,10 +116,7 @@ def apply_arguments(args: argparse.Namespace, explicit: dict[str, str]) -> None:
     Raises:
         ArgumentError: something contradicts something else.
     """
-    for name in ("train_model", "depth", "seq_length", "micro_batch_size", "lr"):
-        if getattr(args, name) is None:
-            raise ArgumentError(f"--{name.replace('_', '-')} is required")
-    _check_schedule(args)
+    _require(args, "train_model", "depth", "seq_length", "micro_batch_size")
     try:
         arch = args.architecture = build_architecture(
             args.train_model,
@@ -208,7 +206,14 @@ def _check_layout(args: argparse.Namespace, arch: Architecture) -> None:
         )
 
 
+def _require(args: argparse.Namespace, *names: str) -> None:
+    for name in names:
+        if getattr(args, name) is None:
+            raise ArgumentError(f"--{name.replace('_', '-')} is required")
+
+
 def _check_schedule(args: argparse.Namespace) -> None:
+    _require(args, "lr")
     if (args.train_iters is None) == (args.train_samples is None):
         raise ArgumentError("give one of --train-iters and --train-samples")
     for unit in ("iters", "samples"):

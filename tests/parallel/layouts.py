@@ -16,8 +16,8 @@ GLOBAL_BATCH, MICRO_BATCH = 8, 2
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of the parallel groups; `cuts` are the hybrid layers before which a stage starts (by compute if empty);
-    `config` are further fields of the transformer config."""
+    """Sizes of the parallel groups. `overlap` hides data-parallel communication behind computation; `cuts` are the
+    hybrid layers before which a stage starts (by compute if empty); `config` are further fields of the config."""
 
     tp: int = 1
     pp: int = 1
@@ -25,6 +25,7 @@ class Layout:
     dp: int = 1
     sp: bool = False
     bf16: bool = False
+    overlap: bool = False
     tied: bool = True
     cuts: tuple[int, ...] = ()
     config: dict[str, Any] = field(default_factory=dict)
@@ -43,6 +44,7 @@ LAYOUTS = {
     "recompute_block": Layout(config=RECOMPUTE_BLOCK),
     "recompute_attention": Layout(config=RECOMPUTE_ATTENTION),
     "dp2": Layout(dp=2),
+    "dp2_overlap": Layout(dp=2, overlap=True),
     "tp2": Layout(tp=2),
     "stp2": Layout(tp=2, sp=True),
     "stp2_untied": Layout(tp=2, sp=True, tied=False),

@@ -96,7 +96,13 @@ def config_of(family: str, layout: Layout) -> HybridConfig:
 
 def build_chunks(config: HybridConfig, layout: Layout) -> list[DistributedDataParallel]:
     """This rank's model chunks (one a virtual stage), ready for the optimizer."""
-    ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
+    ddp = DistributedDataParallelConfig(
+        use_distributed_optimizer=True,
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=layout.overlap,
+        overlap_param_gather=layout.overlap,
+        bucket_size=1000 if layout.overlap else None,  # most parameters wait for a gather of their own
+    )
     chunks = []
     for v in range(layout.vpp):
         stage = v if layout.vpp > 1 else None
@@ -135,12 +141,15 @@ def train(family: str, layout: Layout) -> dict[str, Tensor]:
     config = config_of(family, layout)
     config.finalize_model_grads_func = finalize_model_grads
     chunks = build_chunks(config, layout)
+    if layout.overlap:
+        config.no_sync_func = chunks[0].no_sync
     # A large epsilon makes the update a smooth function of the gradient: otherwise the sign of a gradient that is all
     # but zero decides a whole step.
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam", lr=1e-3, weight_decay=0.1, adam_eps=1e-4, clip_grad=1.0,
             use_distributed_optimizer=True, bf16=layout.bf16, params_dtype=config.params_dtype,
+            overlap_param_gather=layout.overlap,
         ),
         chunks,
     )  # fmt: skip
@@ -165,6 +174,9 @@ def train(family: str, layout: Layout) -> dict[str, Tensor]:
         gather_gradient_shards(chunks)
         run |= whole_tensors(chunks, f"grad.{step}.", lambda p: p.main_grad)
         optimizer.step()
+    if layout.overlap:
+        for chunk in chunks:
+            chunk.start_param_sync(force_sync=True)
     return run | whole_tensors(chunks, "param.", lambda p: p.data)
 
 
