@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional as F
 
+from archscale_megatron.layers.backend import build_in_proj, build_out_proj
 from archscale_megatron.layers.shared_state import SequenceContext, SharedState
 
 
@@ -40,30 +41,9 @@ class GatedMemoryUnit(MegatronModule):
         memory_size: int,
     ) -> None:
         super().__init__(config)
-        self.in_proj = build_module(
-            submodules.in_proj,
-            config.hidden_size,
-            memory_size,
-            config=config,
-            init_method=config.init_method,
-            gather_output=False,
-            bias=False,
-            skip_bias_add=False,
-            is_expert=False,
-            tp_group=pg_collection.tp,
-        )
-        self.out_proj = build_module(
-            submodules.out_proj,
-            memory_size,
-            config.hidden_size,
-            config=config,
-            init_method=config.output_layer_init_method,
-            bias=False,
-            input_is_parallel=True,
-            skip_bias_add=True,
-            is_expert=False,
-            tp_group=pg_collection.tp,
-        )
+        hidden_size, tp_group = config.hidden_size, pg_collection.tp
+        self.in_proj = build_in_proj(submodules.in_proj, hidden_size, memory_size, config, tp_group)
+        self.out_proj = build_out_proj(submodules.out_proj, memory_size, hidden_size, config, tp_group)
 
     def forward(
         self, hidden_states: Tensor, state: SharedState, context: SequenceContext

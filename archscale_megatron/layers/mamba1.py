@@ -16,7 +16,7 @@ from megatron.core.tensor_parallel import (
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import (
     ensure_metadata_has_dp_cp_group,
@@ -27,7 +27,7 @@ from megatron.core.utils import divide
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from archscale_megatron.layers.backend import parameter_options
+from archscale_megatron.layers.backend import build_in_proj, build_out_proj, parameter_options
 from archscale_megatron.layers.shared_state import SequenceContext, SharedState
 from archscale_megatron.ops.causal_conv import causal_conv1d
 from archscale_megatron.ops.selective_scan import selective_scan
@@ -97,18 +97,9 @@ class Mamba1Mixer(MegatronModule):
         options = parameter_options(config)
         fp32 = options | {"dtype": torch.float32}
 
-        self.in_proj = build_module(
-            submodules.in_proj,
-            config.hidden_size,
-            2 * d_inner,
-            config=config,
-            init_method=config.init_method,
-            gather_output=False,
-            bias=False,
-            skip_bias_add=False,
-            is_expert=False,
-            tp_group=self.tp_group,
-            stride=2,  # each rank holds a slice of x and one of z
+        # Two blocks: each rank holds a slice of x and one of z.
+        self.in_proj = build_in_proj(
+            submodules.in_proj, config.hidden_size, 2 * d_inner, config, self.tp_group, stride=2
         )
         self.conv1d = CausalConv1d(d_local, d_local, conv_kernel, groups=d_local, **options)
         self.x_proj = nn.Linear(d_local, dt_rank + 2 * state_size, bias=False, **options)
@@ -116,18 +107,7 @@ class Mamba1Mixer(MegatronModule):
         self.dt_proj.bias = nn.Parameter(torch.empty(d_local, **fp32))
         self.A_log = nn.Parameter(torch.empty(d_local, state_size, **fp32))
         self.D = nn.Parameter(torch.empty(d_local, **fp32))
-        self.out_proj = build_module(
-            submodules.out_proj,
-            d_inner,
-            config.hidden_size,
-            config=config,
-            init_method=config.output_layer_init_method,
-            bias=False,
-            input_is_parallel=True,
-            skip_bias_add=True,
-            is_expert=False,
-            tp_group=self.tp_group,
-        )
+        self.out_proj = build_out_proj(submodules.out_proj, d_inner, config.hidden_size, config, self.tp_group)
         for name, dim in PARTITION_DIM.items():
             set_tensor_model_parallel_attributes(self.get_parameter(name), True, dim, 1)
 

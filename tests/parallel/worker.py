@@ -34,12 +34,12 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noq
 from megatron.core.transformer.module import Float16Module  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from torch import Tensor  # noqa: E402
-from torch.nn import functional as F  # noqa: E402
 
 from archscale_megatron.archs.families import build_architecture  # noqa: E402
 from archscale_megatron.model.config import HybridConfig  # noqa: E402
 from archscale_megatron.model.spec import build_model  # noqa: E402
 from archscale_megatron.mup.initialization import named_global_parameters  # noqa: E402
+from tests.model import building  # noqa: E402
 from tests.parallel.layouts import (  # noqa: E402
     FAMILIES,
     GLOBAL_BATCH,
@@ -60,22 +60,10 @@ WEIGHT_SCALE, UNTIED_EMBEDDING_SCALE = 3.0, 600.0
 def config_of(family: str, layout: Layout) -> HybridConfig:
     """The transformer config that Megatron's arguments would make for this layout."""
     arch = build_architecture(family, **TINY, tied_embeddings=layout.tied)
-    return HybridConfig(
-        num_layers=len(arch.pattern),
-        hidden_size=arch.hidden_size,
-        ffn_hidden_size=arch.ffn_hidden_size,
-        num_attention_heads=arch.num_attention_heads,
-        num_query_groups=arch.num_query_groups,
-        kv_channels=arch.head_dim,
-        layernorm_epsilon=arch.norm_epsilon,
-        normalization="RMSNorm",
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
-        attention_dropout=0.0,
-        hidden_dropout=0.0,
-        perform_initialization=False,
-        transformer_impl="local",
+    return building.config_of(
+        arch,
+        torch.bfloat16 if layout.bf16 else torch.float32,
+        layer_pattern=pattern_of(arch, layout),
         is_hybrid_model=True,
         tensor_model_parallel_size=layout.tp,
         sequence_parallel=layout.sp,
@@ -83,13 +71,7 @@ def config_of(family: str, layout: Layout) -> HybridConfig:
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
         overlap_p2p_comm=layout.vpp > 1,
         batch_p2p_comm=layout.vpp == 1,
-        bf16=layout.bf16,
-        params_dtype=torch.bfloat16 if layout.bf16 else torch.float32,
-        fp32_residual_connection=layout.bf16,
-        pipeline_dtype=torch.float32,
         deallocate_pipeline_outputs=True,
-        architecture=arch,
-        layer_pattern=pattern_of(arch, layout),
         **layout.config,
     )
 
