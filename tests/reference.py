@@ -26,6 +26,9 @@ MISTAKES = {
         "no step size bias", "memory after the gate", "memory without D x", "memory of the wrong layer",
         "keys and values of the wrong layer",
     ),
+    "transformerls": ("window one too small", "window one too large", "RoPE interleaved"),
+    "sambayoco": ("keys and values of the wrong layer", "RoPE added", "window one too large"),
+    "swayoco": ("keys and values of the wrong layer", "RoPE interleaved", "window one too small"),
 }  # fmt: skip
 """Family -> single mistakes that its `Reference` can be told to make."""
 
@@ -49,12 +52,16 @@ class Reference:
             even = i % 2 == 0
             if self.family == "transformer":
                 kinds.append("full")
+            elif self.family == "transformerls":
+                kinds.append("full" if i % 4 == 3 else "window")
+            elif self.family == "swayoco" and i <= half:
+                kinds.append("window")
             elif self.family == "samba" or i < half:
                 kinds.append("mamba" if even else "window")
             elif i <= half + 1:
                 kinds.append("mamba" if even else "full")
             else:
-                kinds.append("gmu" if even else "cross")
+                kinds.append("gmu" if even and self.family == "sambay" else "cross")
         return kinds
 
     def logits(self, parameters: dict[str, Tensor], tokens: Tensor) -> Tensor:

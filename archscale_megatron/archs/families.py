@@ -24,6 +24,11 @@ def transformer(depth: int) -> Family:
     return Family("*-" * depth, aspect_ratio=128, rope=True)
 
 
+def transformerls(depth: int) -> Family:
+    """Three sliding-window attentions and a full one in turn, with RoPE."""
+    return Family("W-W-W-*-" * (depth // 4), aspect_ratio=128, rope=True, depth_multiple=4)
+
+
 def samba(depth: int) -> Family:
     """Mamba-1 and sliding-window attention in turn, with RoPE."""
     return Family("m-W-" * (depth // 2), aspect_ratio=122, rope=True, window=2048, depth_multiple=2)
@@ -32,11 +37,28 @@ def samba(depth: int) -> Family:
 def sambay(depth: int) -> Family:
     """Samba; one Mamba that writes the memory, one full attention that writes the keys and values;
     then GMUs that read the memory and cross attentions that read the keys and values. No positions."""
-    pattern = "m-W-" * (depth // 4) + "m-*-" + "U-X-" * (depth // 4 - 1)
-    return Family(pattern, aspect_ratio=124, rope=False, depth_multiple=4)
+    return Family(_half_samba(depth) + "U-X-" * (depth // 4 - 1), aspect_ratio=124, rope=False, depth_multiple=4)
 
 
-FAMILIES: dict[str, Callable[[int], Family]] = {f.__name__: f for f in (transformer, samba, sambay)}
+def sambayoco(depth: int) -> Family:
+    """SambaY with cross attentions in the place of the GMUs. No positions."""
+    return Family(_half_samba(depth) + "X-" * (depth // 2 - 2), aspect_ratio=126, rope=False, depth_multiple=4)
+
+
+def swayoco(depth: int) -> Family:
+    """Sliding-window attention, a full attention that writes the keys and values (after RoPE), cross attention."""
+    pattern = "W-" * (depth // 2 + 1) + "*-" + "X-" * (depth // 2 - 2)
+    return Family(pattern, aspect_ratio=130, rope=True, depth_multiple=4)
+
+
+def _half_samba(depth: int) -> str:
+    """Half of the layers Samba's, then the Mamba and the full attention whose state later layers share."""
+    return "m-W-" * (depth // 4) + "m-*-"
+
+
+FAMILIES: dict[str, Callable[[int], Family]] = {
+    f.__name__: f for f in (transformer, transformerls, samba, sambay, sambayoco, swayoco)
+}
 
 
 def build_architecture(

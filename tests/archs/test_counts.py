@@ -11,7 +11,8 @@ from archscale_megatron.archs.counts import (
 )
 from archscale_megatron.archs.families import build_architecture
 
-# Non-embedding / tied / untied, in millions, at vocabulary 32,000 (computed from ArchScale e77b786).
+# Non-embedding / tied / untied, in millions, at vocabulary 32,000: computed from ArchScale e77b786, and swayoco from
+# df4e070.
 PUBLISHED = {
     "transformer": {
         8: (121.7, 154.4, 187.2), 12: (410.6, 459.7, 508.9), 16: (973.1, 1038.7, 1104.2),
@@ -21,11 +22,20 @@ PUBLISHED = {
         8: (125.7, 156.9, 188.2), 12: (423.8, 470.6, 517.5), 16: (1003.8, 1066.3, 1128.8),
         20: (1960.0, 2038.0, 2116.1), 24: (3385.9, 3479.6, 3573.3),
     },
+    "sambayoco": {
+        8: (128.8, 161.1, 193.3), 12: (428.9, 477.3, 525.6), 16: (1009.7, 1074.2, 1138.7),
+        20: (1964.0, 2044.7, 2125.3), 24: (3384.6, 3481.3, 3578.1),
+    },
+    "swayoco": {
+        8: (124.1, 157.4, 190.6), 12: (417.6, 467.5, 517.4), 16: (988.4, 1054.9, 1121.5),
+        20: (1928.7, 2011.9, 2095.1), 24: (3330.8, 3430.7, 3530.5),
+    },
     "sambay": {
         8: (126.9, 158.6, 190.3), 12: (424.6, 472.2, 519.8), 16: (1002.3, 1065.8, 1129.3),
         20: (1952.9, 2032.3, 2111.6), 24: (3369.2, 3464.4, 3559.6),
     },
 }  # fmt: skip
+PUBLISHED["transformerls"] = PUBLISHED["transformer"]  # a window has no parameters
 EXACT = {
     "sambay": {8: 126852000, 12: 424593360, 16: 1002330688, 20: 1952903280, 24: 3369150432},
     "transformer": {8: 121652224, 12: 410555904, 16: 973146112, 20: 1900648960, 24: 3284290560},
@@ -42,11 +52,20 @@ def test_published_counts(family: str, depth: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("depth", "pattern"),
-    [(8, "m-W-m-W-m-*-U-X-"), (12, "m-W-m-W-m-W-m-*-U-X-U-X-"), (4, "m-W-m-*-")],
+    ("family", "depth", "pattern"),
+    [
+        ("transformer", 3, "*-*-*-"),
+        ("transformerls", 8, "W-W-W-*-W-W-W-*-"),
+        ("samba", 6, "m-W-m-W-m-W-"),
+        ("sambay", 4, "m-W-m-*-"),
+        ("sambay", 8, "m-W-m-W-m-*-U-X-"),
+        ("sambay", 12, "m-W-m-W-m-W-m-*-U-X-U-X-"),
+        ("sambayoco", 8, "m-W-m-W-m-*-X-X-"),
+        ("swayoco", 8, "W-W-W-W-W-*-X-X-"),
+    ],
 )
-def test_sambay_pattern(depth: int, pattern: str) -> None:
-    assert build_architecture("sambay", depth).pattern == pattern
+def test_patterns(family: str, depth: int, pattern: str) -> None:
+    assert build_architecture(family, depth).pattern == pattern
 
 
 def test_shared_state_of_sambay() -> None:
@@ -84,7 +103,7 @@ def test_training_flops_is_six_per_parameter_and_attention() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("sambaz", 16), "unknown family; known are samba, sambay, transformer"),
+        (("sambaz", 16), "unknown family; known are samba, sambay, sambayoco, swayoco, transformer, transformerls"),
         (("sambay", 10), "multiple of 4; the nearest: 8, 12"),
         (("samba", 7), "multiple of 2; the nearest: 6, 8"),
         (("transformer", 14), "14 attention heads cannot share 3 key-value heads"),

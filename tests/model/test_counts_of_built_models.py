@@ -11,7 +11,7 @@ from archscale_megatron.archs.counts import (
     non_embedding_parameters,
     parameters,
 )
-from archscale_megatron.archs.families import build_architecture
+from archscale_megatron.archs.families import FAMILIES, build_architecture
 from tests.model.building import build
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -37,7 +37,7 @@ def count(module: nn.Module) -> int:
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("depth", [8, 12, 16, 20, 24])
-@pytest.mark.parametrize("family", ["transformer", "samba", "sambay"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_built_model_has_the_counted_parameters(family: str, depth: int, tied: bool) -> None:
     arch = build_architecture(family, depth, tied_embeddings=tied)
     with torch.device("meta"), RealMemory() as real:

@@ -17,7 +17,7 @@ from tests.reference import MISTAKES, Reference, token_losses
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
-FAMILIES = ("transformer", "samba", "sambay")
+FAMILIES = ("transformer", "transformerls", "samba", "sambay", "sambayoco", "swayoco")
 BATCH, SEQUENCE = 2, 37  # several windows, and a multiple of nothing
 
 # Errors in the largest value of a tensor. The worst of all gradients is 7e-6 off; the reference itself, were it run

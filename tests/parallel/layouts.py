@@ -8,7 +8,7 @@ from typing import Any
 from archscale_megatron.archs.architecture import PIPE, Architecture
 from archscale_megatron.model.pipeline import split_by_compute
 
-FAMILIES = ("transformer", "samba", "sambay")
+FAMILIES = ("transformer", "transformerls", "samba", "sambay", "sambayoco", "swayoco")
 TINY = {"depth": 8, "aspect_ratio": 8, "head_dim": 8, "local_window": 7, "vocab_size": 96}
 SEQUENCE_LENGTH = 32
 GLOBAL_BATCH, MICRO_BATCH = 8, 2
