@@ -6,18 +6,12 @@ and names the patch to read again.
 """
 
 import queue
-from argparse import Namespace
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from archscale_megatron import cpu
 
-OptimizerOverrides = Callable[[Namespace, Any], dict[Any, Any]]
-"""(Megatron's arguments, its OptimizerConfig) -> {ParamKey: ParamGroupOverride}"""
-
 _applied = False
-_optimizer_overrides: OptimizerOverrides | None = None
 
 
 def apply() -> None:
@@ -33,22 +27,10 @@ def apply() -> None:
     _adam_without_fused_libraries()
     _fp32_parameters_first()
     _synchronous_save_without_manager()
-    _optimizer_overrides_hook()
     _layer_symbols()
     _shared_state_between_stages()
     _throughput_of_hybrid_models()
     _applied = True
-
-
-def set_optimizer_overrides(function: OptimizerOverrides | None) -> None:
-    """Let `function` choose the parameter groups of the optimizer that `pretrain` builds.
-
-    What it returns replaces Megatron's standard overrides (no weight decay for biases and vectors,
-    `--decoupled-lr`); to add to them, start from
-    `megatron.core.optimizer.get_standard_config_overrides(config)`. None restores them.
-    """
-    global _optimizer_overrides
-    _optimizer_overrides = function
 
 
 def _allow_no_cuda() -> None:
@@ -187,22 +169,6 @@ def _synchronous_save_without_manager() -> None:
             filesystem_async.get_write_results_queue = manager_queue
 
     TorchDistSaveShardedStrategy.save = save
-
-
-def _optimizer_overrides_hook() -> None:
-    """`pretrain` builds the optimizer's overrides itself and takes none from its caller.
-
-    training/training.py:1962 (`get_megatron_optimizer_config`), used at :2117. On a GPU as well.
-    """
-    from megatron.training import training
-
-    standard = training.get_megatron_optimizer_config
-
-    def get_megatron_optimizer_config(args: Namespace) -> tuple[Any, dict[Any, Any]]:
-        config, overrides = standard(args)
-        return config, overrides if _optimizer_overrides is None else _optimizer_overrides(args, config)
-
-    training.get_megatron_optimizer_config = get_megatron_optimizer_config
 
 
 def _layer_symbols() -> None:

@@ -68,10 +68,6 @@ GUARDED = {
             "5528981e75e7",
         ),
     ],
-    "_optimizer_overrides_hook": [
-        ("training/training.py", "get_megatron_optimizer_config", "414f2e721a13"),
-        ("training/training.py", "setup_model_and_optimizer", "e564c0eccd76"),
-    ],
     "_layer_symbols": [("core/models/hybrid/hybrid_layer_allocation.py", "Symbols", "39922661ee42")],
     "_shared_state_between_stages": [
         ("core/pipeline_parallel/p2p_communication.py", "P2PCommunicator", "18d791a6d8eb"),
@@ -81,9 +77,6 @@ GUARDED = {
         ("training/training.py", "training_log", "7e7ebec01bcf"),
     ],
 }
-
-OUR_MODELS = {"_layer_symbols", "_shared_state_between_stages", "_throughput_of_hybrid_models"}
-"""Patches that only our models need, and whose effect their tests show."""
 
 
 def test_release() -> None:
@@ -300,27 +293,6 @@ def check_fp32_parameters_first() -> None:
     assert places() == [(0, 0), (0, 1)]
 
 
-def check_optimizer_overrides_hook() -> None:
-    from megatron.core.optimizer import OptimizerConfig, ParamKey
-    from megatron.training import training
-
-    from archscale_megatron import megatron_patches
-
-    args, ours = Namespace(lr=0.25), {ParamKey(name="*.weight"): {"max_lr": 0.5}}
-    config, standard = training.get_megatron_optimizer_config(args)
-    megatron_patches._optimizer_overrides_hook()
-    assert training.get_megatron_optimizer_config(args)[1].keys() == standard.keys()
-
-    def overrides(given: Namespace, optimizer_config: OptimizerConfig) -> dict:
-        assert given is args and optimizer_config.lr == config.lr == 0.25
-        return ours
-
-    megatron_patches.set_optimizer_overrides(overrides)
-    assert training.get_megatron_optimizer_config(args)[1] is ours
-    megatron_patches.set_optimizer_overrides(None)
-    assert training.get_megatron_optimizer_config(args)[1].keys() == standard.keys()
-
-
 def initialize_distributed() -> None:
     from megatron.core import parallel_state, tensor_parallel
 
@@ -358,108 +330,6 @@ def test_patch(check: str, output: str) -> None:
     assert PASSED + check in output, output
 
 
-# --- the real pretrain ---------------------------------------------------------------------------------------
-
-
-def pretrain(flags: list[str]) -> None:
-    """`megatron.training.pretrain` of a small GPT on mock data; prints the hash of what it ends with."""
-    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-    from megatron.core.datasets.gpt_dataset import GPTDatasetConfig, MockGPTDataset
-    from megatron.core.enums import ModelType
-    from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.optimizer import ParamKey, get_standard_config_overrides
-    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
-    from megatron.training import get_args, training
-    from megatron.training.argument_utils import pretrain_cfg_container_from_args
-    from megatron.training.arguments import core_transformer_config_from_args, parse_and_validate_args
-
-    from archscale_megatron import megatron_patches
-
-    for patch in sorted(GUARDED.keys() - OUR_MODELS):
-        getattr(megatron_patches, patch)()
-    frozen = {ParamKey(name="*word_embeddings.weight"): {"max_lr": 0.0, "min_lr": 0.0}}
-    megatron_patches.set_optimizer_overrides(lambda _, config: get_standard_config_overrides(config) | frozen)
-    models = []
-
-    def model_provider(pre_process: bool = True, post_process: bool = True, **_: object) -> GPTModel:
-        args = get_args()
-        model = GPTModel(
-            core_transformer_config_from_args(args),
-            get_gpt_layer_local_spec(),
-            vocab_size=args.padded_vocab_size,
-            max_sequence_length=args.seq_length,
-            share_embeddings_and_output_weights=False,
-        )
-        models.append((model, model.embedding.word_embeddings.weight.detach().clone()))
-        return model
-
-    def datasets(samples: list[int], vp_stage: int | None = None) -> list:
-        args = get_args()
-        config = GPTDatasetConfig(
-            random_seed=args.seed,
-            sequence_length=args.seq_length,
-            reset_position_ids=False,
-            reset_attention_mask=False,
-            eod_mask_loss=False,
-            create_attention_mask=False,
-            tokenizer=build_tokenizer(args),
-            split="90,5,5",
-            mid_level_dataset_surplus=0.005,
-        )
-        return BlendedMegatronDatasetBuilder(MockGPTDataset, samples, lambda: True, config).build()
-
-    datasets.is_distributed = True  # type: ignore[attr-defined]
-
-    def loss_function(mask: torch.Tensor, losses: torch.Tensor) -> tuple:
-        loss, tokens = (losses.view(-1) * mask.view(-1)).sum(), mask.sum().int()
-        return loss, tokens, {"lm loss": torch.stack([loss.detach(), tokens.float()])}
-
-    def forward_step(iterator: object, model: torch.nn.Module) -> tuple:
-        batch = next(iterator)  # type: ignore[call-overload]
-        losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
-        return losses, functools.partial(loss_function, batch["loss_mask"])
-
-    sys.argv[1:] = flags
-    args = parse_and_validate_args()
-    training.pretrain(
-        pretrain_cfg_container_from_args(args, None),
-        datasets,
-        ModelType.encoder_or_decoder,
-        forward_step,
-        model_provider=model_provider,
-    )
-    ((model, initial_embedding),) = models
-    assert torch.equal(model.embedding.word_embeddings.weight, initial_embedding), "the override has no effect"
-    digest = hashlib.sha256(torch.get_rng_state().numpy().tobytes())
-    for p in model.parameters():
-        digest.update(p.detach().numpy().tobytes())
-    print(f"end of training: {digest.hexdigest()}", flush=True)
-
-
-FLAGS = """
-    --num-layers 1 --hidden-size 32 --num-attention-heads 2 --seq-length 16 --max-position-embeddings 16
-    --vocab-size 64 --tokenizer-type NullTokenizer --untie-embeddings-and-output-weights
-    --micro-batch-size 2 --global-batch-size 4 --train-iters 6 --lr 1e-2 --min-lr 1e-3 --lr-decay-style cosine
-    --hidden-dropout 0.2 --attention-dropout 0.2 --eval-interval 2 --eval-iters 1 --save-interval 3 --log-interval 1
-    --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable --num-workers 1
-    --distributed-backend gloo --transformer-impl local --no-persist-layer-norm --no-masked-softmax-fusion
-    --no-gradient-accumulation-fusion --no-rope-fusion --attention-backend unfused
-"""
-
-
-def test_resumed_pretrain_ends_with_the_same_bits(tmp_path: Path) -> None:
-    """6 iterations with dropout, or 3 more from the checkpoint of the third: parameters and random state."""
-    flags = ["pretrain", *FLAGS.split(), "--save"]
-    whole = launch([*flags, str(tmp_path / "whole")])
-    load = ["--load", str(tmp_path / "whole"), "--ckpt-step", "3"]
-    resumed = launch([*flags, str(tmp_path / "resumed"), *load])
-    ends = [re.findall(r"end of training: (\w+)", output) for output in (whole, resumed)]
-    assert len(ends[0]) == len(ends[1]) == 1, whole + resumed
-    assert re.findall(r"iteration +(\d)/ +6", resumed) == ["4", "5", "6"]
-    assert ends[0] == ends[1]
-
-
 def launch(arguments: list[str]) -> str:
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
@@ -475,8 +345,6 @@ def launch(arguments: list[str]) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    if arguments[0] == "pretrain":
-        return pretrain(arguments[1:])
     for name in arguments:
         globals()[name]()
         print(PASSED + name, flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 
-def backend_for(config: TransformerConfig) -> BackendSpecProvider:
+def backend_for(config: TransformerConfig | Namespace) -> BackendSpecProvider:
     """The provider that `--transformer-impl` names; ValueError if it needs a package that is not there."""
     if config.transformer_impl == "transformer_engine":
         if not HAVE_TE:

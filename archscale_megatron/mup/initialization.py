@@ -25,9 +25,8 @@ from torch import Generator, Tensor, nn
 from archscale_megatron.archs.architecture import Architecture
 
 LAST_PROJECTIONS = ("out_proj.weight", "linear_proj.weight", "linear_fc2.weight")
-VOCABULARY_BLOCK = (
-    64  # rows of vocabulary-sized parameters are drawn in blocks, so that padding does not change the others
-)
+# Rows of vocabulary-sized parameters are drawn in blocks, so that padding does not change the others.
+VOCABULARY_BLOCK = 64
 
 
 def named_global_parameters(model: Any) -> Iterator[tuple[str, Any]]:

@@ -17,6 +17,7 @@ from megatron.core.transformer.enums import AttnBackend
 from archscale_megatron import cpu
 from archscale_megatron.archs.architecture import PIPE, Architecture
 from archscale_megatron.archs.families import FAMILIES, build_architecture
+from archscale_megatron.layers.backend import backend_for
 from archscale_megatron.model.pipeline import split_by_compute
 
 VOCABULARY_MULTIPLE = 64  # ArchScale's padding
@@ -27,8 +28,8 @@ FIXED: dict[str, Any] = {
     # layers
     "swiglu": True, "squared_relu": False, "quick_geglu": False, "add_bias_linear": False, "add_qkv_bias": False,
     "normalization": "RMSNorm", "layernorm_zero_centered_gamma": False, "group_query_attention": True,
-    "qk_layernorm": False,
-    "qk_l2_norm": False, "qk_clip": False, "attention_output_gate": False, "multi_latent_attention": False,
+    "qk_layernorm": False, "qk_l2_norm": False, "qk_clip": False, "attention_output_gate": False,
+    "multi_latent_attention": False,
     "softmax_type": "vanilla", "apply_query_key_layer_scaling": False, "window_size": None,
     "window_attn_skip_freq": None, "attention_backend": AttnBackend.auto, "num_experts": None, "mtp_num_layers": None,
     "experimental_attention_variant": None, "heterogeneous_layers_config_path": None, "spec": None,
@@ -137,6 +138,7 @@ def apply_arguments(args: argparse.Namespace, explicit: dict[str, str]) -> None:
     for name, value in _defaults().items():
         if name not in explicit:
             setattr(args, name, value)
+    backend_for(args)  # ValueError if its package is missing
     _set_dimensions(args, arch)
     args.hybrid_layer_pattern = _layer_pattern(args, arch)
 

@@ -101,6 +101,7 @@ REFUSED = [
     ([*D16, "--recompute-granularity", "selective", "--recompute-modules", "mlp"], "--recompute-modules mlp: .*core_a"),
     ([*D16, "--train-samples", "10"], "give one of --train-iters and --train-samples"),
     ([*D16, "--lr-warmup-iters", "1"], "--lr-warmup-iters 1: must be less than the 1 iters"),
+    ([*D16, "--transformer-impl", "transformer_engine"], "transformer_engine: the package is not installed"),
     ([*D16, "--load", "nowhere"], "--load nowhere: no such directory"),
     ([*D16, "--vocab-size", "64", "--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", "gone"], "gone"),
 ]  # fmt: skip
