@@ -7,24 +7,66 @@ from dataclasses import dataclass
 from typing import Literal
 
 # A pattern holds one symbol a hybrid layer; an ArchScale layer is two of them, a mixer and an MLP.
-# "-" is Megatron's own symbol, and so is "*".
-MAMBA1, WINDOW_ATTENTION, FULL_ATTENTION, GMU, CROSS_ATTENTION, MLP = "m", "W", "*", "U", "X", "-"
+# "M", "G", "*", "-" and "E" are Megatron's own symbols.
+MAMBA1, MAMBA2, GATED_DELTA_NET = "m", "M", "G"
+WINDOW_ATTENTION, FULL_ATTENTION, CROSS_ATTENTION = "W", "*", "X"
+GMU, MLP, MOE = "U", "-", "E"
 SYMBOLS = {
     MAMBA1: "Mamba-1",
+    MAMBA2: "Mamba-2",
+    GATED_DELTA_NET: "gated delta net",
     WINDOW_ATTENTION: "sliding-window attention",
     FULL_ATTENTION: "full attention",
     GMU: "Gated Memory Unit: reads the memory",
     CROSS_ATTENTION: "cross attention: reads the shared keys and values",
     MLP: "SwiGLU MLP",
+    MOE: "mixture of SwiGLU experts",
 }
+RECURRENT = MAMBA1 + MAMBA2 + GATED_DELTA_NET
 SELF_ATTENTION = WINDOW_ATTENTION + FULL_ATTENTION
+ATTENTION = SELF_ATTENTION + CROSS_ATTENTION
 PIPE = "|"
 
-Payload = tuple[Literal["memory", "kv"], ...]
+Shared = Literal["memory", "kv"]
+Payload = tuple[Shared, ...]
 
 
-@dataclass(frozen=True)
-class Architecture:
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How the layers of a model are made, where families and users have a choice.
+
+    Attributes:
+        differential_attention: differences of pairs of attention maps (arXiv 2410.05258).
+        attention_gate: each head's output times the sigmoid of a gate (arXiv 2505.06708, one gate a head).
+        attention_sink: a learned logit a head that takes attention from the tokens (arXiv 2309.17453).
+        qk_norm: RMSNorm of each head's query and key in self-attention.
+        qkv_bias, attention_output_bias: biases of the attention's projections.
+        linear_bias: biases of the projections of MLPs and GMUs.
+        normalization: of the residual stream before each mixer, and of the last hidden states.
+        memory_source: the kinds of layer that may write the GMU memory; the last before the first GMU does.
+        sparsity, top_k: a mixture of `sparsity * top_k` experts, `top_k` of them for each token; each expert is
+            1 / `top_k` of an MLP. `top_k` 0 is a plain MLP.
+        shared_expert: one of each token's `top_k` experts is the same for all tokens.
+        sqrt_gate: experts are weighed with the square roots of their probabilities (arXiv 2603.28743).
+    """
+
+    differential_attention: bool = False
+    attention_gate: bool = False
+    attention_sink: bool = False
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    attention_output_bias: bool = False
+    linear_bias: bool = False
+    normalization: str = "RMSNorm"
+    memory_source: str = RECURRENT
+    sparsity: int = 1
+    top_k: int = 0
+    shared_expert: bool = False
+    sqrt_gate: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture(Options):
     """Dimensions and layers of one model.
 
     Attributes:
@@ -35,10 +77,14 @@ class Architecture:
         ffn_hidden_size: width of the MLP's gate, and of its up branch.
         num_attention_heads, num_query_groups, head_dim: queries, keys/values, and the size of each.
         window: tokens that sliding-window attention sees, the current one included.
+        full_window: the same of full and cross attention; None is all.
         rotary_base: RoPE's base, or None for a model without position embeddings.
         vocab_size: rows of the embedding, before padding.
         tied_embeddings: the output layer is the embedding.
-        state_size, conv_kernel, expand: Mamba-1's d_state, d_conv and d_inner / hidden_size.
+        conv_kernel: taps of every causal convolution.
+        state_size, expand: Mamba-1's d_state and d_inner / hidden_size.
+        mamba2_state_size, mamba2_head_dim: Mamba-2's; its heads share one group of B and C.
+        gdn_head_dim: size of a gated delta net's queries and keys; its values are twice as large.
     """
 
     family: str
@@ -50,31 +96,68 @@ class Architecture:
     num_query_groups: int
     head_dim: int
     window: int
+    full_window: int | None = None
     rotary_base: int | None
     vocab_size: int
     tied_embeddings: bool
     norm_epsilon: float = 1e-5
-    state_size: int = 16
     conv_kernel: int = 4
+    state_size: int = 16
     expand: int = 2
+    mamba2_state_size: int = 128
+    mamba2_head_dim: int = 64
+    gdn_head_dim: int = 256
 
     def __post_init__(self) -> None:
-        if self.num_attention_heads % self.num_query_groups:
+        heads, kv_heads = self.num_attention_heads, self.num_query_groups
+        model = f"{self.family}, depth {self.depth}"
+        if heads % kv_heads:
             raise ValueError(
-                f"{self.family}, depth {self.depth}: {self.num_attention_heads} attention heads cannot share "
-                f"{self.num_query_groups} key-value heads evenly; give --num-heads and --num-kv-heads so that the "
-                "second divides the first, or take a depth that is a multiple of 4"
+                f"{model}: {heads} attention heads cannot share {kv_heads} key-value heads evenly; give --num-heads "
+                "and --num-kv-heads so that the second divides the first"
+            )
+        if self.differential_attention and kv_heads % 2:
+            raise ValueError(
+                f"{model}: differential attention pairs key-value heads, and {kv_heads} is odd; give an even "
+                "--num-kv-heads"
+            )
+        if self.shared_expert and self.top_k < 2:
+            raise ValueError(f"{model}: a shared expert is one of at least two; give --top-k of 2 or more")
+        if self.top_k and self.ffn_hidden_size % self.top_k:
+            raise ValueError(
+                f"{model}: {self.top_k} experts cannot share {self.ffn_hidden_size} MLP channels; "
+                f"give a --top-k that divides them"
             )
 
     @property
     def d_inner(self) -> int:
-        """Channels of the Mamba-1 scan, and of the memory that it writes."""
+        """Channels of the Mamba-1 scan."""
         return self.expand * self.hidden_size
 
     @property
     def dt_rank(self) -> int:
         """Rank of Mamba-1's step-size projection: ceil(w / 16)."""
         return math.ceil(self.hidden_size / 16)
+
+    @property
+    def mamba2_heads(self) -> int:
+        """Heads of Mamba-2: enough for twice the width, in multiples of 8."""
+        return 8 * math.ceil(2 * self.hidden_size / self.mamba2_head_dim / 8)
+
+    @property
+    def mamba2_d_inner(self) -> int:
+        """Channels of the Mamba-2 scan."""
+        return self.mamba2_heads * self.mamba2_head_dim
+
+    @property
+    def gdn_heads(self) -> int:
+        """Heads of a gated delta net: enough for three quarters of the width."""
+        return math.ceil(3 * self.hidden_size // 4 / self.gdn_head_dim)
+
+    @property
+    def gdn_key_size(self) -> int:
+        """Channels of a gated delta net's keys; its queries have as many, its values twice as many."""
+        return self.gdn_heads * self.gdn_head_dim
 
     @property
     def query_size(self) -> int:
@@ -86,15 +169,54 @@ class Architecture:
         return self.num_query_groups * self.head_dim
 
     @property
+    def num_experts(self) -> int:
+        """Experts that are routed to: without the shared one."""
+        return self.sparsity * self.top_k - self.shared_expert
+
+    @property
+    def experts_per_token(self) -> int:
+        """Experts that a token is routed to."""
+        return self.top_k - self.shared_expert
+
+    @property
+    def expert_ffn_size(self) -> int:
+        """`ffn_hidden_size` of one expert."""
+        return self.ffn_hidden_size // self.top_k
+
+    @property
     def memory_writer(self) -> int | None:
-        """Index of the hybrid layer that writes the GMU memory: the last Mamba before the first GMU."""
-        return _last_before_first(self.pattern, MAMBA1, GMU)
+        """Index of the hybrid layer that writes the GMU memory: the last of `memory_source` before the first GMU."""
+        return _last_before_first(self.pattern, self.memory_source, GMU)
 
     @property
     def kv_writer(self) -> int | None:
         """Index of the layer that writes the shared keys and values: the last self-attention before
         the first cross attention."""
         return _last_before_first(self.pattern, SELF_ATTENTION, CROSS_ATTENTION)
+
+    def writes(self, layer: int) -> Payload:
+        """What hybrid layer `layer` writes into the shared state."""
+        writers: dict[Shared, int | None] = {"memory": self.memory_writer, "kv": self.kv_writer}
+        return tuple(name for name, writer in writers.items() if writer == layer)
+
+    @property
+    def memory_size(self) -> int:
+        """Channels of the GMU memory; 0 without one."""
+        if self.memory_writer is None:
+            return 0
+        return {
+            MAMBA1: self.d_inner,
+            MAMBA2: self.mamba2_d_inner,
+            GATED_DELTA_NET: 2 * self.gdn_key_size,
+            WINDOW_ATTENTION: self.query_size,
+            FULL_ATTENTION: self.query_size,
+            MLP: self.ffn_hidden_size,
+        }[self.pattern[self.memory_writer]]
+
+    @property
+    def normalizes_memory(self) -> bool:
+        """Whether a GMU norms its gated memory: that of a scan whose own output is normed."""
+        return self.memory_writer is not None and self.pattern[self.memory_writer] in (MAMBA2, GATED_DELTA_NET)
 
     def payload_after(self, layer: int) -> Payload:
         """What must cross a pipeline boundary behind hybrid layer `layer`, besides the hidden states:
@@ -107,16 +229,22 @@ class Architecture:
 
     def payload_size(self, payload: Payload) -> int:
         """Channels of `payload`, over all tensor-parallel ranks."""
-        return sum(self.d_inner if name == "memory" else 2 * self.kv_size for name in payload)
+        return sum(self.memory_size if name == "memory" else 2 * self.kv_size for name in payload)
 
     def tensor_parallel_sizes(self) -> list[int]:
-        """Legal tensor-parallel sizes: those that divide the key-value heads (and so the query heads),
-        the MLP, and where there is one, the Mamba channels."""
-        sizes = range(1, self.num_query_groups + 1)
-        divided = [self.num_query_groups, self.ffn_hidden_size]
-        if MAMBA1 in self.pattern:
-            divided.append(self.d_inner)
-        return [size for size in sizes if all(n % size == 0 for n in divided)]
+        """Legal tensor-parallel sizes: those that divide what each kind of layer splits over the ranks
+        (and the key-value heads of a model without attention: Megatron asks for it)."""
+        divided = {
+            MAMBA1: [self.d_inner],
+            MAMBA2: [self.mamba2_heads, self.mamba2_state_size],
+            GATED_DELTA_NET: [self.gdn_heads],
+            GMU: [self.memory_size],
+            MLP: [self.ffn_hidden_size],
+            MOE: [self.ffn_hidden_size // max(self.top_k, 1)],
+        }
+        numbers = [n for symbol, sizes in divided.items() if symbol in self.pattern for n in sizes]
+        numbers.append(self.num_query_groups // (2 if self.differential_attention else 1))
+        return [size for size in range(1, min(numbers) + 1) if all(n % size == 0 for n in numbers)]
 
 
 def _last_before_first(pattern: str, writers: str, reader: str) -> int | None:

@@ -23,6 +23,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from archscale_megatron.archs.architecture import Payload
 from archscale_megatron.layers.shared_state import SequenceContext, SharedState
 from archscale_megatron.ops.attention import attention
 
@@ -58,15 +59,13 @@ class CoreAttention(MegatronModule):
 
 
 class _AttentionMixer(Attention):
-    """What both kinds share: core attention, recomputed when asked for, and the output projection."""
+    """What both kinds share: RoPE, and core attention, recomputed when asked for."""
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, context: SequenceContext) -> Any:
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, context: SequenceContext) -> Tensor:
         inputs = (query, key, value, context.document_starts)
         if self.checkpoint_core_attention and self.training:
-            output = tensor_parallel.checkpoint(self.core_attention, False, *inputs)
-        else:
-            output = self.core_attention(*inputs)
-        return self.linear_proj(output)
+            return tensor_parallel.checkpoint(self.core_attention, False, *inputs)
+        return self.core_attention(*inputs)
 
     def _rotate(self, x: Tensor, context: SequenceContext) -> Tensor:
         if context.rotary_pos_emb is None:
@@ -77,7 +76,8 @@ class _AttentionMixer(Attention):
 class SelfAttentionMixer(SelfAttention, _AttentionMixer):
     """Megatron's self-attention, its projections and norms, with our core attention.
 
-    When it writes the shared state, its keys and values are what later cross attentions read.
+    It may write its keys and values, which later cross attentions read, and its output before the projection, which
+    is then the memory of later GMUs.
     """
 
     def __init__(
@@ -86,10 +86,10 @@ class SelfAttentionMixer(SelfAttention, _AttentionMixer):
         submodules: SelfAttentionSubmodules,
         layer_number: int,
         pg_collection: ProcessGroupCollection,
-        writes_state: bool,
+        writes: Payload,
     ) -> None:
         super().__init__(config, submodules, layer_number, AttnMaskType.causal, pg_collection=pg_collection)
-        self.writes_state = writes_state
+        self.writes = writes
 
     def forward(
         self, hidden_states: Tensor, state: SharedState, context: SequenceContext
@@ -97,9 +97,12 @@ class SelfAttentionMixer(SelfAttention, _AttentionMixer):
         """hidden_states [s, b, h] -> [s, b, h]."""
         query, key, value = self.get_query_key_value_tensors(hidden_states)
         query, key = self._rotate(query, context), self._rotate(key, context)
-        if self.writes_state:
+        if "kv" in self.writes:
             state.key, state.value = key, value
-        return self._attend(query, key, value, context)
+        output = self._attend(query, key, value, context)
+        if "memory" in self.writes:
+            state.memory = output
+        return self.linear_proj(output)
 
 
 class CrossAttentionMixer(_AttentionMixer):
@@ -111,7 +114,7 @@ class CrossAttentionMixer(_AttentionMixer):
         submodules: CrossAttentionSubmodules,
         layer_number: int,
         pg_collection: ProcessGroupCollection,
-        writes_state: bool,
+        writes: Payload,
     ) -> None:
         super().__init__(config, submodules, layer_number, AttnMaskType.causal, "cross", pg_collection=pg_collection)
         self.linear_q = submodules.linear_q(
@@ -143,7 +146,7 @@ class CrossAttentionMixer(_AttentionMixer):
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states [s, b, h] -> [s, b, h]."""
         query, key, value = self.get_query_key_value_tensors(hidden_states, (state.key, state.value))
-        return self._attend(self._rotate(query, context), key, value, context)
+        return self.linear_proj(self._attend(self._rotate(query, context), key, value, context))
 
 
 def self_attention_spec(backend: BackendSpecProvider, window: int | None) -> ModuleSpec:
@@ -156,12 +159,12 @@ def self_attention_spec(backend: BackendSpecProvider, window: int | None) -> Mod
     return ModuleSpec(module=SelfAttentionMixer, submodules=submodules)
 
 
-def cross_attention_spec(backend: BackendSpecProvider) -> ModuleSpec:
-    """The spec of a cross-attention layer's mixer."""
+def cross_attention_spec(backend: BackendSpecProvider, window: int | None) -> ModuleSpec:
+    """The spec of a cross-attention layer's mixer; `window` as above."""
     submodules = CrossAttentionSubmodules(
         linear_q=backend.column_parallel_linear(),
         linear_kv=torch.nn.Identity,  # it has none: the shared state brings the keys and values
-        core_attention=CoreAttention,
+        core_attention=partial(CoreAttention, window=window),
         linear_proj=backend.row_parallel_linear(),
     )
     return ModuleSpec(module=CrossAttentionMixer, submodules=submodules)

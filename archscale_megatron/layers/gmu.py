@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional as F
 
+from archscale_megatron.archs.architecture import Payload
 from archscale_megatron.layers.backend import build_in_proj, build_out_proj
 from archscale_megatron.layers.shared_state import SequenceContext, SharedState
 
@@ -37,7 +38,7 @@ class GatedMemoryUnit(MegatronModule):
         submodules: GatedMemoryUnitSubmodules,
         layer_number: int,
         pg_collection: ProcessGroupCollection,
-        writes_state: bool,
+        writes: Payload,
         memory_size: int,
     ) -> None:
         super().__init__(config)

@@ -11,12 +11,13 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from archscale_megatron.archs.architecture import Payload
 from archscale_megatron.layers.shared_state import SequenceContext, SharedState
 
 
 @dataclass
 class HybridLayerSubmodules:
-    """norm(config, hidden_size, eps), and mixer(config, layer_number, pg_collection, writes_state), whose
+    """norm(config, hidden_size, eps), and mixer(config, layer_number, pg_collection, writes), whose
     forward(x, state, context) returns (output, bias or None)."""
 
     norm: ModuleSpec | type
@@ -28,7 +29,7 @@ class HybridLayer(MegatronModule):
 
     Args:
         layer_number: 1-based global index of this hybrid layer, as in Megatron.
-        writes_state: this layer's mixer writes into the shared state.
+        writes: what this layer's mixer writes into the shared state: of "memory" and "kv".
     """
 
     def __init__(
@@ -37,11 +38,10 @@ class HybridLayer(MegatronModule):
         submodules: HybridLayerSubmodules,
         layer_number: int,
         pg_collection: ProcessGroupCollection,
-        writes_state: bool,
+        writes: Payload,
     ) -> None:
         super().__init__(config)
         self.layer_number = layer_number
-        self.writes_state = writes_state
         self.norm = build_module(
             submodules.norm, config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
         )
@@ -50,7 +50,7 @@ class HybridLayer(MegatronModule):
             config=config,
             layer_number=layer_number,
             pg_collection=pg_collection,
-            writes_state=writes_state,
+            writes=writes,
         )
 
     def forward(self, hidden_states: Tensor, state: SharedState, context: SequenceContext) -> Tensor:

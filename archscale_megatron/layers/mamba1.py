@@ -27,6 +27,7 @@ from megatron.core.utils import divide
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from archscale_megatron.archs.architecture import Payload
 from archscale_megatron.layers.backend import build_in_proj, build_out_proj, parameter_options
 from archscale_megatron.layers.shared_state import SequenceContext, SharedState
 from archscale_megatron.ops.causal_conv import causal_conv1d
@@ -83,14 +84,14 @@ class Mamba1Mixer(MegatronModule):
         submodules: Mamba1MixerSubmodules,
         layer_number: int,
         pg_collection: ProcessGroupCollection,
-        writes_state: bool,
+        writes: Payload,
         d_inner: int,
         dt_rank: int,
         state_size: int,
         conv_kernel: int,
     ) -> None:
         super().__init__(config)
-        self.writes_state = writes_state
+        self.writes_memory = "memory" in writes
         self.tp_group = pg_collection.tp
         self.dt_rank, self.state_size = dt_rank, state_size
         d_local = divide(d_inner, self.tp_group.size())
@@ -141,7 +142,7 @@ class Mamba1Mixer(MegatronModule):
             dt_bias=self.dt_proj.bias,
             document_starts=context.document_starts,
         )
-        if self.writes_state:
+        if self.writes_memory:
             state.memory = y
         return self.out_proj((F.silu(z.float()) * y).to(z.dtype))
 

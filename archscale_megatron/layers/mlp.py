@@ -9,12 +9,16 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from archscale_megatron.archs.architecture import Payload
 from archscale_megatron.layers.shared_state import SequenceContext, SharedState
 from archscale_megatron.ops.swiglu import swiglu
 
 
 class MLPMixer(MLP):
-    """fc2(silu(gate) * up), where fc1's rows are the gate's, then the up branch's."""
+    """fc2(silu(gate) * up), where fc1's rows are the gate's, then the up branch's.
+
+    When it writes the shared state, the memory is the up branch.
+    """
 
     def __init__(
         self,
@@ -22,18 +26,23 @@ class MLPMixer(MLP):
         submodules: MLPSubmodules,
         layer_number: int,
         pg_collection: ProcessGroupCollection,
-        writes_state: bool,
+        writes: Payload,
     ) -> None:
-        del layer_number, writes_state
+        del layer_number
         super().__init__(config, submodules, ffn_hidden_size=config.ffn_hidden_size, tp_group=pg_collection.tp)
+        self.writes_memory = "memory" in writes
 
     def forward(
         self, hidden_states: Tensor, state: SharedState, context: SequenceContext
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states [s, b, h] -> the same shape."""
-        if self.config.bias_activation_fusion:  # compiled, for a GPU
+        if self.config.bias_activation_fusion and not self.writes_memory:  # compiled, for a GPU
             return super().forward(hidden_states)
-        gate_up, _ = self.linear_fc1(hidden_states)
+        gate_up, bias = self.linear_fc1(hidden_states)
+        if bias is not None:
+            gate_up = gate_up + bias
+        if self.writes_memory:
+            state.memory = gate_up.chunk(2, dim=-1)[1]
         return self.linear_fc2(swiglu(gate_up))
 
 

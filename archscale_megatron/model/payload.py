@@ -54,7 +54,7 @@ def unpack(
     shapes: list[tuple[int, ...]] = []
     for name in payload:
         if name == "memory":
-            shapes.append((length, batch, arch.d_inner // tp))
+            shapes.append((length, batch, arch.memory_size // tp))
         else:
             shapes += [(length, batch, arch.num_query_groups // tp, arch.head_dim)] * 2
     hidden_states, *parts = _Unpack.apply(packed, config.hidden_size, config.params_dtype, tuple(shapes))

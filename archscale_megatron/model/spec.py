@@ -21,7 +21,7 @@ from archscale_megatron.layers.gmu import gmu_spec
 from archscale_megatron.layers.hybrid_layer import HybridLayer, HybridLayerSubmodules
 from archscale_megatron.layers.mamba1 import mamba1_spec
 from archscale_megatron.layers.mlp import mlp_spec
-from archscale_megatron.layers.norm import RMSNorm
+from archscale_megatron.layers.norm import norm_class
 from archscale_megatron.model.config import HybridConfig
 from archscale_megatron.model.stack import SharedStateStack
 from archscale_megatron.mup.initialization import initialize_parameters
@@ -34,13 +34,13 @@ def stack_spec(config: HybridConfig) -> ModuleSpec:
     mixers = {
         MAMBA1: mamba1_spec(backend, arch.d_inner, arch.dt_rank, arch.state_size, arch.conv_kernel),
         WINDOW_ATTENTION: self_attention_spec(backend, arch.window),
-        FULL_ATTENTION: self_attention_spec(backend, None),
-        GMU: gmu_spec(backend, arch.d_inner),
-        CROSS_ATTENTION: cross_attention_spec(backend),
+        FULL_ATTENTION: self_attention_spec(backend, arch.full_window),
+        GMU: gmu_spec(backend, arch.memory_size),
+        CROSS_ATTENTION: cross_attention_spec(backend, arch.full_window),
         MLP: mlp_spec(backend),
     }
     layers = {
-        symbol: ModuleSpec(module=HybridLayer, submodules=HybridLayerSubmodules(norm=RMSNorm, mixer=mixer))
+        symbol: ModuleSpec(module=HybridLayer, submodules=HybridLayerSubmodules(norm=norm_class(config), mixer=mixer))
         for symbol, mixer in mixers.items()
     }
     return ModuleSpec(module=SharedStateStack, submodules=layers)

@@ -17,7 +17,7 @@ from megatron.core.transformer.utils import sharded_state_dict_default
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor, nn
 
-from archscale_megatron.layers.norm import RMSNorm
+from archscale_megatron.layers.norm import norm_class
 from archscale_megatron.layers.shared_state import SequenceContext, SharedState
 from archscale_megatron.model.config import HybridConfig
 from archscale_megatron.model.payload import pack, unpack
@@ -50,7 +50,6 @@ class SharedStateStack(MegatronModule):
         self.tp_group = pg_collection.tp
         self.input_tensor: Any = None  # a Tensor once the schedule has set it
         arch = config.architecture
-        writers = (arch.memory_writer, arch.kv_writer)
         self.layers: Any = nn.ModuleList()
         for index, symbol in enumerate(layer_type_list, start=pp_layer_offset):
             with get_fp8_context(config, index, is_init=True) if config.fp8 else nullcontext():
@@ -59,14 +58,14 @@ class SharedStateStack(MegatronModule):
                     config=config,
                     layer_number=index + 1,
                     pg_collection=pg_collection,
-                    writes_state=index in writers,
+                    writes=arch.writes(index),
                 )
             self.layers.append(layer)
         end = pp_layer_offset + len(layer_type_list)
         self.payload_in = () if pre_process else arch.payload_after(pp_layer_offset - 1)
         self.payload_out = () if post_process else arch.payload_after(end - 1)
         if post_process:
-            self.final_norm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
+            self.final_norm = norm_class(config)(config, config.hidden_size, config.layernorm_epsilon)
         else:
             self.width_out = config.boundary_width(self.payload_out)
 
@@ -145,9 +144,8 @@ class SharedStateStack(MegatronModule):
     def _writes(self, start: int, stop: int) -> list[str]:
         """The fields of the shared state that layers [start, stop) write."""
         arch = self.config.architecture
-        numbers = {layer.layer_number - 1 for layer in self.layers[start:stop]}
-        memory = ["memory"] if arch.memory_writer in numbers else []
-        return memory + (["key", "value"] if arch.kv_writer in numbers else [])
+        written = {name for layer in self.layers[start:stop] for name in arch.writes(layer.layer_number - 1)}
+        return (["memory"] if "memory" in written else []) + (["key", "value"] if "kv" in written else [])
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

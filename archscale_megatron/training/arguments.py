@@ -16,7 +16,8 @@ from megatron.core.transformer.enums import AttnBackend
 
 from archscale_megatron import cpu
 from archscale_megatron.archs.architecture import PIPE, Architecture
-from archscale_megatron.archs.families import FAMILIES, build_architecture
+from archscale_megatron.archs.build import build_architecture
+from archscale_megatron.archs.families import FAMILIES
 from archscale_megatron.layers.backend import backend_for
 from archscale_megatron.model.pipeline import split_by_compute
 
@@ -27,7 +28,7 @@ VOCABULARY_MULTIPLE = 64  # ArchScale's padding
 FIXED: dict[str, Any] = {
     # layers
     "swiglu": True, "squared_relu": False, "quick_geglu": False, "add_bias_linear": False, "add_qkv_bias": False,
-    "normalization": "RMSNorm", "layernorm_zero_centered_gamma": False, "group_query_attention": True,
+    "layernorm_zero_centered_gamma": False, "group_query_attention": True,
     "qk_layernorm": False, "qk_l2_norm": False, "qk_clip": False, "attention_output_gate": False,
     "multi_latent_attention": False,
     "softmax_type": "vanilla", "apply_query_key_layer_scaling": False, "window_size": None,
@@ -55,7 +56,7 @@ class ArgumentError(ValueError):
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Our group. Everything else is Megatron's."""
     group = parser.add_argument_group("archscale", "the architecture, and overrides of its family's numbers")
-    group.add_argument("--train-model", choices=sorted(FAMILIES), help="architecture family (required)")
+    group.add_argument("--train-model", help=f"architecture family (required): {', '.join(FAMILIES)}")
     group.add_argument("--depth", type=int, help="layers, each a mixer and an MLP (required)")
     group.add_argument("--aspect-ratio", type=int, help="hidden size / depth")
     group.add_argument("--head-dim", type=int, help="size of an attention head (128)")
@@ -127,9 +128,12 @@ def apply_arguments(args: argparse.Namespace, explicit: dict[str, str]) -> None:
             num_heads=args.num_heads,
             num_kv_heads=args.num_kv_heads,
             local_window=args.local_window,
+            rope=_rope(args, explicit),
             rotary_base=args.rotary_base if "rotary_base" in explicit else None,
-            vocab_size=args.vocab_size or 32000,
+            context_length=args.seq_length,
+            vocab_size=args.vocab_size,
             tied_embeddings=not args.untie_embeddings_and_output_weights,
+            normalization=args.normalization if "normalization" in explicit else None,
         )
     except ValueError as error:
         raise ArgumentError(str(error)) from None
@@ -155,6 +159,15 @@ def check_tokenizer(args: argparse.Namespace) -> None:
         )
 
 
+def _rope(args: argparse.Namespace, explicit: dict[str, str]) -> bool | None:
+    """What `--position-embedding-type` says, or None if it was not given."""
+    if "position_embedding_type" not in explicit:
+        return None
+    if args.position_embedding_type not in ("rope", "none"):
+        raise ArgumentError(f"--position-embedding-type {args.position_embedding_type}: use rope or none")
+    return args.position_embedding_type == "rope"
+
+
 def _refuse_contradictions(args: argparse.Namespace, arch: Architecture, explicit: dict[str, str]) -> None:
     family = f"--train-model {arch.family} --depth {arch.depth}"
     dimensions: dict[str, tuple[Any, str | None]] = {
@@ -165,7 +178,6 @@ def _refuse_contradictions(args: argparse.Namespace, arch: Architecture, explici
         "num_query_groups": (arch.num_query_groups, "--num-kv-heads"),
         "kv_channels": (arch.head_dim, "--head-dim"),
         "norm_epsilon": (arch.norm_epsilon, None),
-        "position_embedding_type": ("none" if arch.rotary_base is None else "rope", None),
     }
     for name, (value, ours) in (dimensions | {k: (v, None) for k, v in FIXED.items()}).items():
         if name in explicit and getattr(args, name) != value:
@@ -239,6 +251,7 @@ def _set_dimensions(args: argparse.Namespace, arch: Architecture) -> None:
     args.num_query_groups = arch.num_query_groups
     args.kv_channels = arch.head_dim
     args.norm_epsilon = args.layernorm_epsilon = arch.norm_epsilon
+    args.normalization = arch.normalization
     args.position_embedding_type = "none" if arch.rotary_base is None else "rope"
     args.rotary_base = arch.rotary_base or args.rotary_base
     args.vocab_size = arch.vocab_size

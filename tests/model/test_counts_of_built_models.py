@@ -5,13 +5,14 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from archscale_megatron.archs.build import build_architecture
 from archscale_megatron.archs.counts import (
     embedding_parameters,
     layer_parameters,
     non_embedding_parameters,
     parameters,
 )
-from archscale_megatron.archs.families import FAMILIES, build_architecture
+from archscale_megatron.archs.families import FAMILIES
 from tests.model.building import build
 
 pytestmark = pytest.mark.usefixtures("one_process")

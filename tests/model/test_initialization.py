@@ -12,7 +12,7 @@ from megatron.core.models.hybrid.hybrid_model import HybridModel
 from torch import Tensor
 
 from archscale_megatron.archs.architecture import Architecture
-from archscale_megatron.archs.families import build_architecture
+from archscale_megatron.archs.build import build_architecture
 from archscale_megatron.mup.initialization import (
     VOCABULARY_BLOCK,
     initial_values,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from archscale_megatron.archs.architecture import Payload
-from archscale_megatron.archs.families import build_architecture
+from archscale_megatron.archs.build import build_architecture
 from archscale_megatron.layers.shared_state import SharedState
 from archscale_megatron.model.payload import pack, packed_width, unpack
 from archscale_megatron.model.pipeline import payloads, split_by_compute

@@ -11,7 +11,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch import Tensor
 
 from archscale_megatron.archs.architecture import Architecture
-from archscale_megatron.archs.families import build_architecture
+from archscale_megatron.archs.build import build_architecture
 from tests.model.building import build
 from tests.reference import MISTAKES, Reference, token_losses
 

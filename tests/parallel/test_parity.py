@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from archscale_megatron.archs.families import build_architecture
+from archscale_megatron.archs.build import build_architecture
 from archscale_megatron.model.pipeline import payloads
 from tests.parallel.compare import TOLERANCE, TOLERANCE_BF16, differences, run_all
 from tests.parallel.layouts import FAMILIES, LAYOUTS, TINY, pattern_of

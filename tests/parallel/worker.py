@@ -35,7 +35,7 @@ from megatron.core.transformer.module import Float16Module  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from archscale_megatron.archs.families import build_architecture  # noqa: E402
+from archscale_megatron.archs.build import build_architecture  # noqa: E402
 from archscale_megatron.model.config import HybridConfig  # noqa: E402
 from archscale_megatron.model.spec import build_model  # noqa: E402
 from archscale_megatron.mup.initialization import named_global_parameters  # noqa: E402

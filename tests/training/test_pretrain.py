@@ -18,8 +18,8 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from archscale_megatron.archs.build import build_architecture
 from archscale_megatron.archs.counts import training_flops
-from archscale_megatron.archs.families import build_architecture
 from tests.launch import ROOT, torchrun
 from tests.training.data import VOCABULARY, write_dataset
 

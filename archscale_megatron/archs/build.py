@@ -1,0 +1,122 @@
+"""From a family, a depth and the user's overrides to an architecture, or to an error that says what is legal."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import replace
+from typing import Any
+
+from archscale_megatron.archs.architecture import MOE, Architecture, Options
+from archscale_megatron.archs.families import FAMILIES, Family
+
+
+def build_architecture(
+    family: str,
+    depth: int,
+    *,
+    aspect_ratio: int | None = None,
+    head_dim: int | None = None,
+    num_heads: int | None = None,
+    num_kv_heads: int | None = None,
+    local_window: int | None = None,
+    rope: bool | None = None,
+    rotary_base: int | None = None,
+    context_length: int = 4096,
+    vocab_size: int | None = None,
+    tied_embeddings: bool = True,
+    **options: Any,
+) -> Architecture:
+    """The architecture of `family` at `depth`; each override that is not None replaces what the family says.
+
+    ArchScale's defaults: `depth` heads of size 128, a quarter as many key-value heads, MLP of four
+    times the width, RoPE base 10,000.
+
+    Args:
+        context_length: tokens of a training sequence; decides the window of sambayw and sambaywr alone.
+        options: fields of `Options`.
+    Raises:
+        ValueError: unknown family, or a depth or an override that the family cannot have.
+    """
+    chosen = _family(family, depth)
+    if rope is not None:
+        chosen = replace(chosen, rope=rope)
+    chosen = replace(chosen, **{name: value for name, value in options.items() if value is not None})
+    numbers = {
+        "depth": depth,
+        "aspect-ratio": aspect_ratio,
+        "head-dim": head_dim,
+        "num-heads": num_heads,
+        "num-kv-heads": num_kv_heads,
+        "local-window": local_window,
+        "vocab-size": vocab_size,
+        "sparsity": chosen.sparsity,
+    }
+    for name, value in numbers.items():
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} {value}: must be a positive integer")
+    if rotary_base is not None and not chosen.rope:
+        raise ValueError(f"--rotary-base {rotary_base}: {family} has no position embeddings; leave it out")
+    if (MOE in chosen.pattern) != (chosen.top_k > 0):
+        known = ", ".join(name for name, f in FAMILIES.items() if f(8).top_k)
+        raise ValueError(f"--top-k {chosen.top_k}: experts are for the families that have them ({known}), 1 or more")
+
+    hidden_size = (aspect_ratio or chosen.aspect_ratio) * depth
+    heads = num_heads or chosen.num_heads or depth
+    # A family's own number of key-value heads goes with its own number of heads.
+    own = chosen.num_kv_heads if num_heads is None else None
+    kv_heads = num_kv_heads or own or max(1, heads // 4)
+    head_dim = head_dim or chosen.head_dim or hidden_size // heads
+    if chosen.rope and head_dim % 2:
+        raise ValueError(f"--head-dim {head_dim}: RoPE turns pairs of channels, so it must be even")
+    try:
+        return Architecture(
+            family=family,
+            depth=depth,
+            pattern=chosen.pattern,
+            hidden_size=hidden_size,
+            ffn_hidden_size=4 * hidden_size,
+            num_attention_heads=heads,
+            num_query_groups=kv_heads,
+            head_dim=head_dim,
+            window=local_window or chosen.window,
+            full_window=context_length // 2 if chosen.half_window else None,
+            rotary_base=(rotary_base or 10000) if chosen.rope else None,
+            vocab_size=vocab_size or chosen.vocab_size,
+            tied_embeddings=tied_embeddings,
+            **{field.name: getattr(chosen, field.name) for field in dataclasses.fields(Options)},
+        )
+    except ValueError as error:
+        if num_heads or num_kv_heads or chosen.top_k:
+            raise
+        raise ValueError(f"{error}, or one of the depths {_legal_depths(family)}") from None
+
+
+def _family(name: str, depth: int) -> Family:
+    if name not in FAMILIES:
+        close = difflib.get_close_matches(name, FAMILIES, n=4, cutoff=0.5)
+        advice = f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(sorted(FAMILIES))}"
+        raise ValueError(f"--train-model {name}: unknown family; {advice}")
+    if depth < 1:
+        raise ValueError(f"--depth {depth}: must be a positive integer")
+    multiple = FAMILIES[name](depth).depth_multiple
+    if depth % multiple:
+        below = depth - depth % multiple
+        legal = [d for d in (below, below + multiple) if d]
+        raise ValueError(
+            f"--depth {depth}: the depth of {name} must be a multiple of {multiple}; "
+            f"the nearest: {', '.join(map(str, legal))}"
+        )
+    return FAMILIES[name](depth)
+
+
+def _legal_depths(name: str) -> str:
+    """Depths up to 32 that `name` can have without overrides."""
+    legal = []
+    for depth in range(4, 33, 4):
+        chosen = FAMILIES[name](depth)
+        heads = chosen.num_heads or depth
+        kv_heads = chosen.num_kv_heads or max(1, heads // 4)
+        if heads % kv_heads == 0 and not (chosen.differential_attention and kv_heads % 2):
+            legal.append(str(depth))
+    return ", ".join(legal)
