@@ -29,19 +29,30 @@ MISTAKES = {
     "transformerls": ("window one too small", "window one too large", "RoPE interleaved"),
     "sambayoco": ("keys and values of the wrong layer", "RoPE added", "window one too large"),
     "swayoco": ("keys and values of the wrong layer", "RoPE interleaved", "window one too small"),
+    "transformer_mha": ("RoPE interleaved",),
+    "transformer_gqa4": ("heads interleaved over key-value heads",),
+    "transformer_gqa4_h2": ("heads interleaved over key-value heads",),
+    "mamba": ("gate and up swapped", "x and z swapped", "B and C swapped", "conv shifted by one"),
+    "sambayw": ("full window one too small", "full window one too large", "window one too large", "RoPE added"),
+    "sambaywr": ("full window one too small", "full window one too large", "RoPE interleaved"),
+    "mambay": ("memory of the wrong layer", "memory after the gate", "memory without D x"),
+    "sambayattn": ("memory of the wrong layer", "window one too large", "RoPE added"),
+    "sambayattnall": ("memory of the wrong layer", "window one too large", "RoPE added"),
+    "sambaymlp": ("memory of the wrong layer", "memory is the gate", "keys and values of the wrong layer"),
 }  # fmt: skip
 """Family -> single mistakes that its `Reference` can be told to make."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """One model; `window` counts the current token, `rotary_base` None is no position embeddings."""
+    """One model; windows count the current token, `rotary_base` None is no position embeddings."""
 
     family: str
     depth: int
     num_heads: int
     num_kv_heads: int
     window: int
+    full_window: int | None
     rotary_base: float | None
     mistake: str | None = None
 
@@ -50,29 +61,36 @@ class Reference:
         half, kinds = self.depth // 2, []
         for i in range(self.depth):
             even = i % 2 == 0
-            if self.family == "transformer":
-                kinds.append("full")
-            elif self.family == "transformerls":
+            if self.family == "transformerls":
                 kinds.append("full" if i % 4 == 3 else "window")
+            elif self.family.startswith("transformer"):
+                kinds.append("full")
             elif self.family == "swayoco" and i <= half:
                 kinds.append("window")
+            elif self.family == "mamba" or (self.family == "mambay" and i < half):
+                kinds.append("mamba")
             elif self.family == "samba" or i < half:
                 kinds.append("mamba" if even else "window")
             elif i <= half + 1:
                 kinds.append("mamba" if even else "full")
+            elif self.family == "sambayattnall":
+                kinds.append("gmu")
             else:
-                kinds.append("gmu" if even and self.family == "sambay" else "cross")
+                kinds.append("gmu" if even and self.family not in ("sambayoco", "swayoco") else "cross")
         return kinds
 
     def logits(self, parameters: dict[str, Tensor], tokens: Tensor) -> Tensor:
         """tokens [b, s] -> [b, s, vocabulary]."""
         embedding = parameters["embedding.word_embeddings.weight"]
         kinds = self.mixers()
-        memories: dict[int, Tensor] = {}  # layer -> [b, s, d_inner]
+        memories: dict[tuple[str, int], Tensor] = {}  # what of which layer -> [b, s, channels]
         shared: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys and values, [b, s, kv heads, head_dim]
-        memory_layer, kv_layer = self.depth // 2, self.depth // 2 + 1
+        source = {"sambayattn": "attention", "sambayattnall": "attention", "sambaymlp": "up"}.get(self.family, "mamba")
+        memory_layer, kv_layer = self.depth // 2 + (source != "mamba"), self.depth // 2 + 1
         if self.mistake == "memory of the wrong layer":
             memory_layer -= 2
+        if self.mistake == "memory is the gate":
+            source = "gate"
         if self.mistake == "keys and values of the wrong layer":
             kv_layer -= 2
 
@@ -81,10 +99,10 @@ class Reference:
             p = _layer(parameters, 2 * i)
             u = self._norm(x, p["norm.weight"])
             if kind == "mamba":
-                out, memories[i] = self._mamba(u, p)
+                out, memories["mamba", i] = self._mamba(u, p)
             elif kind == "gmu":
                 gate = _silu(u @ p["mixer.in_proj.weight"].T)
-                out = (gate * memories[memory_layer]) @ p["mixer.out_proj.weight"].T
+                out = (gate * memories[source, memory_layer]) @ p["mixer.out_proj.weight"].T
             else:
                 if kind == "cross":
                     query = (u @ p["mixer.linear_q.weight"].T).unflatten(-1, (self.num_heads, -1))
@@ -94,10 +112,12 @@ class Reference:
                     query, key = self._rotate(query), self._rotate(key)
                     shared[i] = key, value
                 out = self._attention(query, key, value, self._mask(tokens.shape[1], kind))
+                memories["attention", i] = out
                 out = out @ p["mixer.linear_proj.weight"].T
             x = x + out
             p = _layer(parameters, 2 * i + 1)
-            x = x + self._mlp(self._norm(x, p["norm.weight"]), p)
+            out, memories["gate", i], memories["up", i] = self._mlp(self._norm(x, p["norm.weight"]), p)
+            x = x + out
         x = self._norm(x, parameters["decoder.final_norm.weight"])
         return x @ parameters.get("output_layer.weight", embedding).T
 
@@ -105,11 +125,12 @@ class Reference:
         epsilon = 1e-4 if self.mistake == "norm epsilon 1e-4" else 1e-5
         return x / torch.sqrt((x * x).mean(-1, keepdim=True) + epsilon) * weight
 
-    def _mlp(self, x: Tensor, p: dict[str, Tensor]) -> Tensor:
+    def _mlp(self, x: Tensor, p: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """The output, the gate before silu, and the up branch."""
         gate, up = (x @ half.T for half in p["mixer.linear_fc1.weight"].chunk(2))
         if self.mistake == "gate and up swapped":
             gate, up = up, gate
-        return (_silu(gate) * up) @ p["mixer.linear_fc2.weight"].T
+        return (_silu(gate) * up) @ p["mixer.linear_fc2.weight"].T, gate, up
 
     def _query_key_value(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The rows of `weight`, for each key-value head: its queries' heads, its key, its value."""
@@ -139,8 +160,8 @@ class Reference:
 
     def _mask(self, s: int, kind: str) -> Tensor:
         """bool [s, s]: may query t see key u?"""
-        wrong = {"window one too small": -1, "window one too large": 1}.get(self.mistake or "", 0)
-        window = self.window + wrong if kind == "window" else s
+        name, window = ("window", self.window) if kind == "window" else ("full window", self.full_window or s)
+        window += {f"{name} one too small": -1, f"{name} one too large": 1}.get(self.mistake or "", 0)
         return torch.tensor([[0 <= t - u < window for u in range(s)] for t in range(s)])
 
     def _attention(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
