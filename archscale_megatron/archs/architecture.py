@@ -231,19 +231,25 @@ class Architecture(Options):
         """Channels of `payload`, over all tensor-parallel ranks."""
         return sum(self.memory_size if name == "memory" else 2 * self.kv_size for name in payload)
 
-    def tensor_parallel_sizes(self) -> list[int]:
-        """Legal tensor-parallel sizes: those that divide what each kind of layer splits over the ranks
-        (and the key-value heads of a model without attention: Megatron asks for it)."""
-        divided = {
-            MAMBA1: [self.d_inner],
-            MAMBA2: [self.mamba2_heads, self.mamba2_state_size],
-            GATED_DELTA_NET: [self.gdn_heads],
-            GMU: [self.memory_size],
-            MLP: [self.ffn_hidden_size],
-            MOE: [self.ffn_hidden_size // max(self.top_k, 1)],
+    def split_over_ranks(self) -> dict[str, int]:
+        """Name and number of what tensor parallelism splits. Megatron wants the key-value heads to be among
+        them even without attention."""
+        pairs = self.differential_attention
+        numbers = {"pairs of key-value heads" if pairs else "key-value heads": self.num_query_groups // (1 + pairs)}
+        by_symbol = {
+            MAMBA1: {"Mamba channels": self.d_inner},
+            MAMBA2: {"Mamba-2 heads": self.mamba2_heads, "Mamba-2 state channels": self.mamba2_state_size},
+            GATED_DELTA_NET: {"gated delta net heads": self.gdn_heads},
+            MLP: {"MLP channels": self.ffn_hidden_size},
+            MOE: {"expert channels": self.ffn_hidden_size // max(self.top_k, 1)},
         }
-        numbers = [n for symbol, sizes in divided.items() if symbol in self.pattern for n in sizes]
-        numbers.append(self.num_query_groups // (2 if self.differential_attention else 1))
+        for symbol, more in by_symbol.items():
+            numbers |= more if symbol in self.pattern else {}
+        return numbers
+
+    def tensor_parallel_sizes(self) -> list[int]:
+        """Legal tensor-parallel sizes: those that divide all that is split."""
+        numbers = self.split_over_ranks().values()
         return [size for size in range(1, min(numbers) + 1) if all(n % size == 0 for n in numbers)]
 
 

@@ -198,9 +198,10 @@ def _check_layout(args: argparse.Namespace, arch: Architecture) -> None:
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
     legal = arch.tensor_parallel_sizes()
     if tp not in legal:
+        whole = " and ".join(f"{n:,} {name}" for name, n in arch.split_over_ranks().items() if n % tp)
         raise ArgumentError(
-            f"--tensor-model-parallel-size {tp}: {arch.family} at depth {arch.depth} has {arch.num_query_groups} "
-            f"key-value heads to split; use {', '.join(map(str, legal))}"
+            f"--tensor-model-parallel-size {tp}: {arch.family} at depth {arch.depth} has {whole} "
+            f"to split; use {', '.join(map(str, legal))}"
         )
     if args.world_size % (tp * pp):
         raise ArgumentError(
