@@ -17,10 +17,14 @@ class HybridConfig(TransformerConfig):
     Attributes:
         architecture: what the model is.
         layer_pattern: `architecture.pattern` with a pipe at each boundary of (virtual) pipeline stages.
+        chunked_cross_entropy: the loss from blocks of the vocabulary, without all logits at once (`ops`).
+        label_smoothing: weight of the mean over the vocabulary in the loss, in [0, 1).
     """
 
     architecture: Architecture = None  # type: ignore[assignment]  # required, but behind fields with defaults
     layer_pattern: str = ""
+    chunked_cross_entropy: bool = False
+    label_smoothing: float = 0.0
 
     @property
     def boundary_payloads(self) -> list[Payload]:

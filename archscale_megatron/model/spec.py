@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
 
@@ -23,6 +22,7 @@ from archscale_megatron.layers.mamba1 import mamba1_spec
 from archscale_megatron.layers.mlp import mlp_spec
 from archscale_megatron.layers.norm import norm_class
 from archscale_megatron.model.config import HybridConfig
+from archscale_megatron.model.language_model import HybridLanguageModel
 from archscale_megatron.model.stack import SharedStateStack
 from archscale_megatron.mup.initialization import initialize_parameters
 
@@ -56,13 +56,13 @@ def build_model(
     post_process: bool = True,
     vp_stage: int | None = None,
     pg_collection: ProcessGroupCollection | None = None,
-) -> HybridModel:
+) -> HybridLanguageModel:
     """One pipeline stage (or virtual stage) of the model, with its initial parameters.
 
     The parameters depend on `seed` alone, not on the parallel layout.
     """
     arch = config.architecture
-    model = HybridModel(
+    model = HybridLanguageModel(
         config,
         stack_spec(config),
         vocab_size=padded_vocab_size,

@@ -47,6 +47,9 @@ FIXED: dict[str, Any] = {
     "sft": False,
 }  # fmt: skip
 RECOMPUTE_MODULES = {"core_attn"}
+CHUNKED_ABOVE = 100_000  # entries of the vocabulary, as in ArchScale
+# Options of Megatron's that reach its output layer and loss alone, which the chunked loss goes without.
+PLAIN_LOSS_ONLY = ("cross_entropy_loss_fusion", "defer_embedding_wgrad_compute", "tensor_parallel_num_weight_shards")
 
 
 class ArgumentError(ValueError):
@@ -63,6 +66,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument("--num-heads", type=int, help="attention heads (the depth)")
     group.add_argument("--num-kv-heads", type=int, help="key-value heads (a quarter of the heads)")
     group.add_argument("--local-window", type=int, help="tokens that sliding-window attention sees")
+    group.add_argument(
+        "--cross-entropy",
+        choices=("auto", "plain", "chunked"),
+        default="auto",
+        help=f"the loss from all logits at once, or from blocks of the vocabulary (auto: above {CHUNKED_ABOVE:,} entries)",
+    )
+    group.add_argument("--label-smoothing", type=float, default=0.0, help="in training and validation loss (0)")
     return parser
 
 
@@ -139,6 +149,7 @@ def apply_arguments(args: argparse.Namespace, explicit: dict[str, str]) -> None:
         raise ArgumentError(str(error)) from None
     _refuse_contradictions(args, arch, explicit)
     _check_layout(args, arch)
+    _choose_loss(args, arch, explicit)
     for name, value in _defaults().items():
         if name not in explicit:
             setattr(args, name, value)
@@ -192,6 +203,19 @@ def _refuse_contradictions(args: argparse.Namespace, arch: Architecture, explici
             f"--recompute-modules {' '.join(sorted(modules))}: selective recompute knows "
             f"{', '.join(RECOMPUTE_MODULES)} here; use that, or --recompute-granularity full"
         )
+
+
+def _choose_loss(args: argparse.Namespace, arch: Architecture, explicit: dict[str, str]) -> None:
+    if not 0 <= args.label_smoothing < 1:
+        raise ArgumentError(f"--label-smoothing {args.label_smoothing}: must be 0 or more and less than 1")
+    large = arch.vocab_size > CHUNKED_ABOVE
+    args.chunked_cross_entropy = args.cross_entropy == "chunked" or (args.cross_entropy == "auto" and large)
+    for name in PLAIN_LOSS_ONLY:
+        if args.chunked_cross_entropy and name in explicit:
+            raise ArgumentError(
+                f"{explicit[name]} has no effect on the chunked loss, which --cross-entropy {args.cross_entropy} takes "
+                f"for {arch.vocab_size} entries; leave it out, or use --cross-entropy plain"
+            )
 
 
 def _check_layout(args: argparse.Namespace, arch: Architecture) -> None:

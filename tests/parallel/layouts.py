@@ -38,6 +38,8 @@ class Layout:
 RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 3}
 RECOMPUTE_BLOCK = {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 2}
 RECOMPUTE_ATTENTION = {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+SMOOTHED = {"label_smoothing": 0.1}
+CHUNKED = {"chunked_cross_entropy": True}
 
 LAYOUTS = {
     "recompute": Layout(config=RECOMPUTE),
@@ -56,6 +58,11 @@ LAYOUTS = {
     "pp4_by_hand": Layout(pp=4, cuts=(9, 11, 12)),  # one stage only passes on what it got
     "stp2_pp2": Layout(tp=2, pp=2, sp=True),
     "stp2_pp2_dp2": Layout(tp=2, pp=2, dp=2, sp=True),
+    "stp2_smoothed": Layout(tp=2, sp=True, config=SMOOTHED),
+    "chunked_loss": Layout(config=CHUNKED | SMOOTHED),
+    "chunked_loss_tp2": Layout(tp=2, config=CHUNKED),
+    "chunked_loss_stp2_pp2": Layout(tp=2, pp=2, sp=True, config=CHUNKED | SMOOTHED),
+    "chunked_loss_dp2_overlap": Layout(dp=2, overlap=True, tied=False, config=CHUNKED),
     "pp2_bf16": Layout(pp=2, bf16=True, cuts=(11,)),
     "stp2_pp2_bf16": Layout(tp=2, pp=2, sp=True, bf16=True, cuts=(11,)),
 }
@@ -70,12 +77,14 @@ def pattern_of(arch: Architecture, layout: Layout) -> str:
 
 
 def reference_of(layout: Layout) -> Layout:
-    """The single-process run that `layout` is compared with."""
-    return Layout(bf16=layout.bf16, tied=layout.tied)
+    """The single-process run, with the plain loss, that `layout` is compared with."""
+    config = {name: value for name, value in layout.config.items() if name in SMOOTHED}
+    return Layout(bf16=layout.bf16, tied=layout.tied, config=config)
 
 
 REFERENCES = {
     "single": Layout(),
     "single_untied": Layout(tied=False),
     "single_bf16": Layout(bf16=True),
+    "single_smoothed": Layout(config=SMOOTHED),
 }

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 from megatron.training import global_vars
-from megatron.training.arguments import parse_args
+from megatron.training.arguments import core_transformer_config_from_args, parse_args
 
 from archscale_megatron.archs.build import build_architecture
-from archscale_megatron.training.arguments import FIXED, parse_arguments
+from archscale_megatron.model.config import HybridConfig
+from archscale_megatron.training.arguments import FIXED, PLAIN_LOSS_ONLY, parse_arguments
 from archscale_megatron.training.run_directory import write_architecture
 from tests.training.data import write_dataset
 
@@ -73,7 +74,23 @@ def test_boundaries_by_hand_and_by_compute(parse: Parse) -> None:
 
 def test_every_fixed_attribute_is_one_of_megatrons(parse: Parse, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["pretrain_archscale.py"])
-    assert set(FIXED) <= set(vars(parse_args()))
+    assert {*FIXED, *PLAIN_LOSS_ONLY} <= set(vars(parse_args()))
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "options", "chunked"),
+    [
+        (100_000, [], False),
+        (100_001, [], True),
+        (200_064, ["--cross-entropy", "plain", "--cross-entropy-loss-fusion"], False),
+        (128, ["--cross-entropy", "chunked"], True),
+    ],
+)
+def test_loss_of_a_large_vocabulary(parse: Parse, vocabulary: int, options: list[str], chunked: bool) -> None:
+    """Megatron makes the config from the arguments of the same names."""
+    args = parse(*TINY[:-1], str(vocabulary), *options, "--label-smoothing", "0.1")
+    config = core_transformer_config_from_args(args, HybridConfig)
+    assert (config.chunked_cross_entropy, config.label_smoothing) == (chunked, 0.1)
 
 
 REFUSED = [
@@ -97,6 +114,9 @@ REFUSED = [
     ([*TINY, "--hybrid-layer-pattern", "m-W-m-W-m-||*-U-X-"], "none of them empty"),
     ([*D16, "--reset-attention-mask"], "--reset-attention-mask True contradicts"),
     ([*D16, "--attention-backend", "flash"], "contradicts"),
+    ([*D16, "--label-smoothing", "1"], "--label-smoothing 1.0: must be 0 or more and less than 1"),
+    ([*D16, "--cross-entropy", "chunked", "--cross-entropy-loss-fusion"], "-loss-fusion .* use --cross-entropy plain"),
+    ([*D16, "--vocab-size", "200064", "--tensor-parallel-num-weight-shards", "1"], "has no effect .* 200064 entries"),
     ([*D16, "--recompute-granularity", "selective", "--recompute-modules", "mlp"], "--recompute-modules mlp: .*core_a"),
     ([*D16, "--train-samples", "10"], "give one of --train-iters and --train-samples"),
     ([*D16, "--lr-warmup-iters", "1"], "--lr-warmup-iters 1: must be less than the 1 iters"),
