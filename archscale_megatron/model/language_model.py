@@ -1,4 +1,4 @@
-"""Megatron's hybrid model with our loss: in blocks of the vocabulary if the config says so, and with label smoothing."""
+"""Megatron's hybrid model with the loss that the config asks for: from blocks of the vocabulary, smoothed labels."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--cross-entropy",
         choices=("auto", "plain", "chunked"),
         default="auto",
-        help=f"the loss from all logits at once, or from blocks of the vocabulary (auto: above {CHUNKED_ABOVE:,} entries)",
+        help=f"the loss from all logits, or from blocks of the vocabulary; auto: that above {CHUNKED_ABOVE:,} entries",
     )
     group.add_argument("--label-smoothing", type=float, default=0.0, help="in training and validation loss (0)")
     return parser
