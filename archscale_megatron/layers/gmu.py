@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from archscale_megatron.archs.architecture import Payload
 from archscale_megatron.layers.backend import build_in_proj, build_out_proj
+from archscale_megatron.layers.norm import GatedRMSNorm
 from archscale_megatron.layers.shared_state import SequenceContext, SharedState
 
 
@@ -24,12 +25,14 @@ class GatedMemoryUnitSubmodules:
 
 
 class GatedMemoryUnit(MegatronModule):
-    """out_proj(silu(in_proj(x)) * memory), the product in fp32.
+    """out_proj(silu(in_proj(x)) * memory), the product in fp32, and normed before out_proj if `normalize`.
 
-    The memory's channels lie on the TP ranks as in_proj's output does, so nothing is communicated for it.
+    The memory's channels lie on the TP ranks as in_proj's output does, so nothing but the norm's sum is
+    communicated for it.
 
     Args:
         memory_size: channels of the memory, over all TP ranks.
+        normalize: for the memory of a scan whose own gated output is normed (Mamba-2, gated delta net).
     """
 
     def __init__(
@@ -40,10 +43,12 @@ class GatedMemoryUnit(MegatronModule):
         pg_collection: ProcessGroupCollection,
         writes: Payload,
         memory_size: int,
+        normalize: bool,
     ) -> None:
         super().__init__(config)
         hidden_size, tp_group = config.hidden_size, pg_collection.tp
         self.in_proj = build_in_proj(submodules.in_proj, hidden_size, memory_size, config, tp_group)
+        self.norm = GatedRMSNorm(config, memory_size, tp_group) if normalize else None
         self.out_proj = build_out_proj(submodules.out_proj, memory_size, hidden_size, config, tp_group)
 
     def forward(
@@ -51,13 +56,16 @@ class GatedMemoryUnit(MegatronModule):
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states [s, b, h] -> [s, b, h], from `state.memory` [s, b, memory_size / tp]."""
         gate, _ = self.in_proj(hidden_states)
-        gated = F.silu(gate.float()) * state.memory  # type: ignore[operator]  # written before
-        return self.out_proj(gated.to(gate.dtype))
+        memory: Tensor = state.memory  # type: ignore[assignment]  # written before
+        if self.norm is not None:
+            return self.out_proj(self.norm(memory, gate))
+        return self.out_proj((F.silu(gate.float()) * memory).to(gate.dtype))
 
 
-def gmu_spec(backend: BackendSpecProvider, memory_size: int) -> ModuleSpec:
+def gmu_spec(backend: BackendSpecProvider, memory_size: int, normalize: bool) -> ModuleSpec:
     """The spec of a GMU layer's mixer."""
     submodules = GatedMemoryUnitSubmodules(
         in_proj=backend.column_parallel_linear(), out_proj=backend.row_parallel_linear()
     )
-    return ModuleSpec(module=GatedMemoryUnit, submodules=submodules, params={"memory_size": memory_size})
+    params = {"memory_size": memory_size, "normalize": normalize}
+    return ModuleSpec(module=GatedMemoryUnit, submodules=submodules, params=params)

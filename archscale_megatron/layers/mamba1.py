@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
@@ -13,46 +12,22 @@ from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
 )
-from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
-from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.utils import (
-    ensure_metadata_has_dp_cp_group,
-    make_sharded_tensors_for_checkpoint,
-    sharded_state_dict_default,
-)
 from megatron.core.utils import divide
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from archscale_megatron.archs.architecture import Payload
 from archscale_megatron.layers.backend import build_in_proj, build_out_proj, parameter_options
+from archscale_megatron.layers.recurrent import CausalConv1d, RecurrentMixer
 from archscale_megatron.layers.shared_state import SequenceContext, SharedState
-from archscale_megatron.ops.causal_conv import causal_conv1d
 from archscale_megatron.ops.selective_scan import selective_scan
-
-# Which dimension of a parameter is split over the TP ranks, where Megatron's linears do not say so.
-PARTITION_DIM = {
-    "conv1d.weight": 0, "conv1d.bias": 0, "x_proj.weight": 1, "dt_proj.weight": 0, "dt_proj.bias": 0,
-    "A_log": 0, "D": 0,
-}  # fmt: skip
-# The recurrence is sensitive to these: they stay in fp32 whatever the precision of the model.
-FP32_PARAMETERS = ("A_log", "D", "dt_proj.bias")
-
-
-class CausalConv1d(nn.Conv1d):
-    """The depthwise causal convolution with its silu. A module that is called, like StepSizeProjection, because DDP
-    waits for the parameters of a module when it is called (--overlap-param-gather)."""
-
-    def forward(self, x: Tensor, document_starts: Tensor | None) -> Tensor:  # type: ignore[override]
-        """x [s, b, d] -> [s, b, d]."""
-        return causal_conv1d(x, self.weight, self.bias, document_starts=document_starts)
 
 
 class StepSizeProjection(nn.Linear):
-    """dt_proj, without its bias: the scan adds that, in fp32."""
+    """dt_proj, without its bias: the scan adds that, in fp32. A module that is called, like CausalConv1d."""
 
     def forward(self, dt: Tensor) -> Tensor:
         """dt [s, b, dt_rank] -> [s, b, d]."""
@@ -65,7 +40,7 @@ class Mamba1MixerSubmodules:
     out_proj: type
 
 
-class Mamba1Mixer(MegatronModule):
+class Mamba1Mixer(RecurrentMixer):
     """out_proj(silu(z) * y) with y the selective scan of silu(conv(x)), and [x | z] = in_proj(input).
 
     The d_inner channels are split over the TP ranks: in_proj is column-parallel with matching slices of x
@@ -77,6 +52,8 @@ class Mamba1Mixer(MegatronModule):
     Args:
         d_inner, dt_rank, state_size, conv_kernel: as in the paper; d_inner over all TP ranks.
     """
+
+    fp32_parameters = ("A_log", "D", "dt_proj.bias")
 
     def __init__(
         self,
@@ -102,25 +79,16 @@ class Mamba1Mixer(MegatronModule):
         self.in_proj = build_in_proj(
             submodules.in_proj, config.hidden_size, 2 * d_inner, config, self.tp_group, stride=2
         )
-        self.conv1d = CausalConv1d(d_local, d_local, conv_kernel, groups=d_local, **options)
+        self.conv1d = CausalConv1d(d_local, conv_kernel, **options)
         self.x_proj = nn.Linear(d_local, dt_rank + 2 * state_size, bias=False, **options)
         self.dt_proj = StepSizeProjection(dt_rank, d_local, bias=False, **options)
         self.dt_proj.bias = nn.Parameter(torch.empty(d_local, **fp32))
         self.A_log = nn.Parameter(torch.empty(d_local, state_size, **fp32))
         self.D = nn.Parameter(torch.empty(d_local, **fp32))
         self.out_proj = build_out_proj(submodules.out_proj, d_inner, config.hidden_size, config, self.tp_group)
-        for name, dim in PARTITION_DIM.items():
-            set_tensor_model_parallel_attributes(self.get_parameter(name), True, dim, 1)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Mamba1Mixer:
-        """Keeps FP32_PARAMETERS in fp32 when the model is cast (Float16Module calls `.bfloat16()`)."""
-        kept = {name: self.get_parameter(name).data for name in FP32_PARAMETERS}
-        super()._apply(fn, recurse)
-        for name, data in kept.items():
-            parameter = self.get_parameter(name)
-            if parameter.dtype != torch.float32:
-                parameter.data = data.to(parameter.device)
-        return self
+        for name in ("conv1d.weight", "conv1d.bias", "dt_proj.weight", *self.fp32_parameters):
+            self.partition(name)
+        self.partition("x_proj.weight", dim=1)
 
     def forward(
         self, hidden_states: Tensor, state: SharedState, context: SequenceContext
@@ -150,23 +118,10 @@ class Mamba1Mixer(MegatronModule):
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> ShardedStateDict:
         """Every parameter as one global tensor; in_proj as [x | z], whatever the TP size."""
-        metadata = ensure_metadata_has_dp_cp_group(metadata)
-        own = {name: parameter for name, parameter in self.named_parameters() if name in PARTITION_DIM}
-        sharded = make_sharded_tensors_for_checkpoint(
-            own,
-            prefix,
-            PARTITION_DIM,
-            sharded_offsets,
-            tp_group=self.tp_group,
-            dp_cp_group=metadata["dp_cp_group"],
-        )
-        for name in ("in_proj", "out_proj"):
-            linear = getattr(self, name)
-            sharded |= sharded_state_dict_default(linear, f"{prefix}{name}.", sharded_offsets, metadata)
+        sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         key = f"{prefix}in_proj.weight"
-        sharded[key] = apply_swiglu_sharded_factory(
-            sharded[key], sharded_offsets, metadata.get("singleton_local_shards", False)
-        )
+        separate = (metadata or {}).get("singleton_local_shards", False)
+        sharded[key] = apply_swiglu_sharded_factory(sharded[key], sharded_offsets, separate)
         return sharded
 
 

@@ -1,4 +1,4 @@
-"""Norms for a residual stream of another dtype than the weights, safe under sequence parallelism.
+"""Norms for a residual stream of another dtype than the weights, safe under sequence parallelism; and a gated one.
 
 Megatron's local norms refuse sequence parallelism, and Transformer Engine's round a fp32 residual stream to bf16 before
 they normalise; these do neither.
@@ -7,8 +7,17 @@ they normalise; these do neither.
 from __future__ import annotations
 
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
+from megatron.core.utils import divide
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
 from archscale_megatron.layers.backend import parameter_options
@@ -46,3 +55,37 @@ class LayerNorm(RMSNorm):
 def norm_class(config: TransformerConfig) -> type[RMSNorm]:
     """The norm of the residual stream that `config.normalization` names."""
     return {"RMSNorm": RMSNorm, "LayerNorm": LayerNorm}[config.normalization]
+
+
+class GatedRMSNorm(nn.Module):
+    """RMSNorm(x * silu(gate)) * weight over all `size` channels, which the TP ranks share (as in arXiv 2405.21060).
+
+    In fp32. The mean of squares is summed over the ranks: forward once, and its gradient backward once.
+    """
+
+    def __init__(self, config: TransformerConfig, size: int, tp_group: ProcessGroup) -> None:
+        super().__init__()
+        self.size, self.eps, self.tp_group = size, config.layernorm_epsilon, tp_group
+        self.weight = nn.Parameter(torch.ones(divide(size, tp_group.size()), **parameter_options(config)))
+        set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        """x, gate [..., size / tp] -> the same shape in the weights' dtype."""
+        gated = x.float() * F.silu(gate.float())
+        squares = reduce_from_tensor_model_parallel_region(gated.square().sum(-1, keepdim=True), self.tp_group)
+        squares = copy_to_tensor_model_parallel_region(squares, self.tp_group)
+        return (gated * torch.rsqrt(squares / self.size + self.eps) * self.weight.float()).to(self.weight.dtype)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> ShardedStateDict:
+        """The weight as one global tensor."""
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        return make_sharded_tensors_for_checkpoint(
+            {"weight": self.weight},
+            prefix,
+            {"weight": 0},
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )

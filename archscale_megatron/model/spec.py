@@ -8,17 +8,21 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from archscale_megatron.archs.architecture import (
     CROSS_ATTENTION,
     FULL_ATTENTION,
+    GATED_DELTA_NET,
     GMU,
     MAMBA1,
+    MAMBA2,
     MLP,
     WINDOW_ATTENTION,
     Architecture,
 )
 from archscale_megatron.layers.attention import cross_attention_spec, self_attention_spec
 from archscale_megatron.layers.backend import backend_for
+from archscale_megatron.layers.gated_delta_net import gated_delta_net_spec
 from archscale_megatron.layers.gmu import gmu_spec
 from archscale_megatron.layers.hybrid_layer import HybridLayer, HybridLayerSubmodules
 from archscale_megatron.layers.mamba1 import mamba1_spec
+from archscale_megatron.layers.mamba2 import mamba2_spec
 from archscale_megatron.layers.mlp import mlp_spec
 from archscale_megatron.layers.norm import norm_class
 from archscale_megatron.model.config import HybridConfig
@@ -35,7 +39,9 @@ def stack_spec(config: HybridConfig) -> ModuleSpec:
         MAMBA1: mamba1_spec(backend, arch.d_inner, arch.dt_rank, arch.state_size, arch.conv_kernel),
         WINDOW_ATTENTION: self_attention_spec(backend, arch.window),
         FULL_ATTENTION: self_attention_spec(backend, arch.full_window),
-        GMU: gmu_spec(backend, arch.memory_size),
+        MAMBA2: mamba2_spec(backend, arch.mamba2_heads, arch.mamba2_head_dim, arch.mamba2_state_size, arch.conv_kernel),
+        GATED_DELTA_NET: gated_delta_net_spec(backend, arch.gdn_heads, arch.gdn_head_dim, arch.conv_kernel),
+        GMU: gmu_spec(backend, arch.memory_size, arch.normalizes_memory),
         CROSS_ATTENTION: cross_attention_spec(backend, arch.full_window),
         MLP: mlp_spec(backend),
     }

@@ -6,8 +6,9 @@ Standard parametrisation (SP) as ArchScale e77b786 initialises it; arXiv 2507.06
     output layer, matrices     N(0, 0.02^2)
     a layer's last projection  N(0, 0.02^2) / sqrt(2 depth)
     causal conv                U(-1/sqrt(kernel), 1/sqrt(kernel))
-    A_log, D                   log(1..state size), 1
-    dt_proj.bias               softplus^-1 of a step size drawn log-uniformly from [1e-3, 0.1], at least 1e-4
+    A_log                      log(1..state size) in Mamba-1, log U(1, 16) in Mamba-2, log U(0, 16) in a gated delta net
+    D                          1
+    dt_proj.bias, dt_bias      softplus^-1 of a step size drawn log-uniformly from [1e-3, 0.1], at least 1e-4
     norms, other biases        1, 0
 """
 
@@ -22,7 +23,7 @@ import torch
 from megatron.core import parallel_state
 from torch import Generator, Tensor, nn
 
-from archscale_megatron.archs.architecture import Architecture
+from archscale_megatron.archs.architecture import MAMBA1, MAMBA2, Architecture
 
 LAST_PROJECTIONS = ("out_proj.weight", "linear_proj.weight", "linear_fc2.weight")
 # Rows of vocabulary-sized parameters are drawn in blocks, so that padding does not change the others.
@@ -54,7 +55,7 @@ def initialize_parameters(model: nn.Module, arch: Architecture, seed: int) -> No
             shape[parameter.partition_dim] *= size
         values = initial_values(name, tuple(shape), arch, generator)
         if size > 1:
-            values = partition(values, parameter.partition_dim, parameter.partition_stride, size, rank)
+            values = partition(values, parameter.partition_dim, blocks_of(parameter, size), size, rank)
         parameter.copy_(values)
 
 
@@ -69,8 +70,11 @@ def initial_values(name: str, shape: tuple[int, ...], arch: Architecture, genera
     if "norm" in name or name.endswith("mixer.D"):
         return values.fill_(0.0 if name.endswith("bias") else 1.0)
     if name.endswith("A_log"):
-        return values.copy_(torch.arange(1, shape[1] + 1, device=values.device).log())
-    if name.endswith("dt_proj.bias"):
+        mixer = arch.pattern[int(name.split(".")[2])]
+        if mixer == MAMBA1:
+            return values.copy_(torch.arange(1, shape[1] + 1, device=values.device).log())
+        return values.uniform_(1.0 if mixer == MAMBA2 else 0.0, 16.0, generator=generator).log_()
+    if name.endswith(("dt_proj.bias", "dt_bias")):
         step = values.uniform_(math.log(1e-3), math.log(0.1), generator=generator).exp_().clamp_(min=1e-4)
         return step + torch.log(-torch.expm1(-step))
     if ".conv1d." in name:
@@ -82,14 +86,20 @@ def initial_values(name: str, shape: tuple[int, ...], arch: Architecture, genera
     return values.normal_(0.0, std, generator=generator)
 
 
-def partition(values: Tensor, dim: int, stride: int, size: int, rank: int) -> Tensor:
-    """What rank `rank` of `size` holds of a whole parameter.
+def blocks_of(parameter: Any, size: int) -> tuple[int, ...]:
+    """Sizes, over all `size` ranks, of what lies behind each other along a parameter's `partition_dim`.
 
-    `stride` is how many equal blocks lie behind each other along `dim` (SwiGLU's gate and up, Mamba's x
-    and z); a rank holds its slice of each.
+    They are its `partition_blocks` (z, x, B, C and dt of Mamba-2, say) or else, as in Megatron, `partition_stride`
+    equal ones (SwiGLU's gate and up).
     """
-    blocks = values.chunk(stride, dim)
-    return torch.cat([block.chunk(size, dim)[rank] for block in blocks], dim)
+    stride = parameter.partition_stride
+    equal = (parameter.shape[parameter.partition_dim] * size // stride,) * stride
+    return getattr(parameter, "partition_blocks", equal)
+
+
+def partition(values: Tensor, dim: int, blocks: tuple[int, ...], size: int, rank: int) -> Tensor:
+    """What rank `rank` of `size` holds of a whole parameter: its slice of each of the `blocks` along `dim`."""
+    return torch.cat([block.chunk(size, dim)[rank] for block in values.split(blocks, dim)], dim)
 
 
 def _partition(parameter: nn.Parameter) -> tuple[int, int]:

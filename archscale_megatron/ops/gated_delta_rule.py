@@ -75,7 +75,7 @@ def _step(
 def _fla(q, k, v, g, beta, document_starts):
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
-    q, k, v, g, beta = (x.transpose(0, 1) for x in (q, k, v, g.float(), beta))
+    q, k, v, g, beta = (x.transpose(0, 1) for x in (q, k, v, g.float(), beta.to(q.dtype)))
     shape, cu_seqlens = v.shape, None
     if document_starts is not None:  # the rows of the batch end to end
         cu_seqlens = cumulative_lengths(document_starts).long()

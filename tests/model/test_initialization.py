@@ -4,6 +4,7 @@ import functools
 import math
 import re
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from archscale_megatron.archs.architecture import Architecture
 from archscale_megatron.archs.build import build_architecture
 from archscale_megatron.mup.initialization import (
     VOCABULARY_BLOCK,
+    blocks_of,
     initial_values,
     initialize_parameters,
     named_global_parameters,
@@ -161,24 +163,25 @@ def test_global_random_state_is_neither_used_nor_changed() -> None:
 # --- layouts ------------------------------------------------------------------------------------------------
 
 
-def joined(parts: list[Tensor], dim: int, stride: int) -> Tensor:
+def joined(parts: list[Tensor], dim: int, blocks: tuple[int, ...]) -> Tensor:
     """The inverse of `partition`: of each block, all ranks' slices, block after block."""
-    slices = [part.unflatten(dim, (stride, -1)) for part in parts]
-    return torch.cat([torch.cat([s.select(dim, block) for s in slices], dim) for block in range(stride)], dim)
+    begins = [sum(blocks[:i]) // len(parts) for i in range(len(blocks) + 1)]
+    cuts = [slice(begin, end) for begin, end in pairwise(begins)]
+    return torch.cat([part.movedim(dim, 0)[cut] for cut in cuts for part in parts]).movedim(0, dim)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-@pytest.mark.parametrize(("dim", "stride"), [(0, 1), (1, 1), (0, 2), (1, 2)])
-def test_partition_reassembles(size: int, dim: int, stride: int) -> None:
+@pytest.mark.parametrize(("dim", "blocks"), [(0, (16,)), (1, (24,)), (0, (8, 8)), (1, (12, 12)), (1, (4, 12, 8))])
+def test_partition_reassembles(size: int, dim: int, blocks: tuple[int, ...]) -> None:
     values = torch.arange(16.0 * 24).view(16, 24)
-    parts = [partition(values, dim, stride, size, rank) for rank in range(size)]
+    parts = [partition(values, dim, blocks, size, rank) for rank in range(size)]
     assert all(part.shape[dim] == values.shape[dim] // size for part in parts)
-    assert torch.equal(joined(parts, dim, stride), values)
+    assert torch.equal(joined(parts, dim, blocks), values)
 
 
-def test_partition_of_gate_and_up() -> None:
-    """Rank 1 of 2 holds the second half of the gate, then the second half of the up branch."""
-    assert partition(torch.arange(8), 0, 2, 2, 1).tolist() == [2, 3, 6, 7]
+def test_partition_of_unequal_blocks() -> None:
+    """Rank 1 of 2 holds the second half of the first block, then the second half of the second."""
+    assert partition(torch.arange(10), 0, (4, 6), 2, 1).tolist() == [2, 3, 7, 8, 9]
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -194,7 +197,7 @@ def test_tensor_parallel_ranks_hold_the_parts_of_one_draw(size: int, monkeypatch
     for name, whole in initialised().items():
         parts = [parameters[name] for parameters in ranks]
         if getattr(parts[0], "tensor_model_parallel", False):
-            parts = [joined([p.data for p in parts], parts[0].partition_dim, parts[0].partition_stride)]
+            parts = [joined([p.data for p in parts], parts[0].partition_dim, blocks_of(parts[0], size))]
         for part in parts:
             assert torch.equal(part, whole), name
 

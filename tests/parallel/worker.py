@@ -38,7 +38,7 @@ from torch import Tensor  # noqa: E402
 from archscale_megatron.archs.build import build_architecture  # noqa: E402
 from archscale_megatron.model.config import HybridConfig  # noqa: E402
 from archscale_megatron.model.spec import build_model  # noqa: E402
-from archscale_megatron.mup.initialization import named_global_parameters  # noqa: E402
+from archscale_megatron.mup.initialization import blocks_of, named_global_parameters  # noqa: E402
 from tests.model import building  # noqa: E402
 from tests.parallel.layouts import (  # noqa: E402
     FAMILIES,
@@ -191,12 +191,13 @@ def whole_tensors(chunks: list[DistributedDataParallel], prefix: str, value: Any
     for chunk in chunks:
         for name, parameter in named_global_parameters(unwrap(chunk)):
             split = getattr(parameter, "tensor_model_parallel", False)
-            layout = (parameter.partition_dim, parameter.partition_stride) if split else None
+            size = mpu.get_tensor_model_parallel_world_size()
+            layout = (parameter.partition_dim, blocks_of(parameter, size)) if split else None
             local[name] = (layout, mpu.get_tensor_model_parallel_rank(), value(parameter).detach().float().clone())
     everywhere: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, local)
     shards: dict[str, dict[int, Tensor]] = {}
-    layouts: dict[str, tuple[int, int] | None] = {}
+    layouts: dict[str, tuple[int, tuple[int, ...]] | None] = {}
     for rank_dict in everywhere:
         for name, (layout, tp_rank, tensor) in rank_dict.items():
             layouts[name] = layout
@@ -208,13 +209,13 @@ def whole_tensors(chunks: list[DistributedDataParallel], prefix: str, value: Any
     return {prefix + name: join(layouts[name], parts) for name, parts in shards.items()}
 
 
-def join(layout: tuple[int, int] | None, parts: dict[int, Tensor]) -> Tensor:
+def join(layout: tuple[int, tuple[int, ...]] | None, parts: dict[int, Tensor]) -> Tensor:
     """The inverse of `mup.initialization.partition`."""
     if layout is None:
         return parts[0]
-    dim, stride = layout
-    blocks = [parts[rank].chunk(stride, dim) for rank in sorted(parts)]
-    return torch.cat([block[i] for i in range(stride) for block in blocks], dim).contiguous()
+    dim, blocks = layout
+    slices = [parts[rank].split([size // len(parts) for size in blocks], dim) for rank in sorted(parts)]
+    return torch.cat([part for block in zip(*slices, strict=True) for part in block], dim).contiguous()
 
 
 def main(directory: Path, names: list[str]) -> None:
