@@ -30,16 +30,18 @@ SEED = 3407
 DEPTH = 8
 
 
-def architecture(tied: bool = True) -> Architecture:
-    """SambaY has every kind of parameter."""
+def architecture(tied: bool = True, family: str = "sambay") -> Architecture:
+    """SambaY has every kind of parameter but those of Mamba-2 and gated delta nets."""
     return build_architecture(
-        "sambay", DEPTH, aspect_ratio=16, head_dim=16, num_kv_heads=4, vocab_size=512, tied_embeddings=tied
+        family, DEPTH, aspect_ratio=16, head_dim=16, num_kv_heads=4, vocab_size=512, tied_embeddings=tied
     )
 
 
 @functools.cache
-def initialised(tied: bool = True, dtype: torch.dtype = torch.float32, seed: int = SEED) -> dict[str, Tensor]:
-    return values_of(build(architecture(tied), dtype, seed))
+def initialised(
+    tied: bool = True, dtype: torch.dtype = torch.float32, seed: int = SEED, family: str = "sambay"
+) -> dict[str, Tensor]:
+    return values_of(build(architecture(tied, family), dtype, seed))
 
 
 def values_of(model: HybridModel) -> dict[str, Tensor]:
@@ -105,6 +107,20 @@ def test_every_parameter_is_drawn_as_archscale_s(tied: bool) -> None:
         else:
             unknown.append(name)
     assert not unknown
+
+
+@pytest.mark.parametrize(("family", "lowest"), [("sambay2", 1.0), ("sgdny", 0.0)])
+def test_parameters_of_heads(family: str, lowest: float) -> None:
+    """Of Mamba-2 and gated delta nets, in more heads than a model has."""
+
+    def draw(name: str) -> Tensor:
+        generator = torch.Generator().manual_seed(SEED)
+        return initial_values(f"decoder.layers.0.mixer.{name}", (10_000,), architecture(family=family), generator)
+
+    assert_drawn_from(draw("A_log").double().exp().clamp(lowest, 16), uniform(lowest, 16))
+    step = torch.nn.functional.softplus(draw("dt_bias").double()).log()
+    assert_drawn_from(step.clamp(math.log(1e-3), math.log(0.1)), uniform(math.log(1e-3), math.log(0.1)))
+    assert (draw("norm.weight") == 1).all() and (draw("D") == 1).all()
 
 
 def test_the_distributions_are_told_apart() -> None:
@@ -184,17 +200,20 @@ def test_partition_of_unequal_blocks() -> None:
     assert partition(torch.arange(10), 0, (4, 6), 2, 1).tolist() == [2, 3, 7, 8, 9]
 
 
+@pytest.mark.parametrize("family", ["sambay", "sambay2"])
 @pytest.mark.parametrize("size", [2, 4])
-def test_tensor_parallel_ranks_hold_the_parts_of_one_draw(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensor_parallel_ranks_hold_the_parts_of_one_draw(
+    size: int, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each rank's parameters, drawn in this process: the whole model's layers, cut to the rank's shapes."""
     monkeypatch.setattr(parallel_state, "get_tensor_model_parallel_world_size", lambda: size)
     ranks = []
     for rank in range(size):
         monkeypatch.setattr(parallel_state, "get_tensor_model_parallel_rank", lambda rank=rank: rank)
-        model = unfilled_rank(size)
-        initialize_parameters(model, architecture(), SEED)
+        model = unfilled_rank(size, family)
+        initialize_parameters(model, architecture(family=family), SEED)
         ranks.append(dict(named_global_parameters(model)))
-    for name, whole in initialised().items():
+    for name, whole in initialised(family=family).items():
         parts = [parameters[name] for parameters in ranks]
         if getattr(parts[0], "tensor_model_parallel", False):
             parts = [joined([p.data for p in parts], parts[0].partition_dim, blocks_of(parts[0], size))]
@@ -202,9 +221,9 @@ def test_tensor_parallel_ranks_hold_the_parts_of_one_draw(size: int, monkeypatch
             assert torch.equal(part, whole), name
 
 
-def unfilled_rank(size: int) -> HybridModel:
+def unfilled_rank(size: int, family: str = "sambay") -> HybridModel:
     """A model with the parameter shapes of one of `size` tensor-parallel ranks, and nothing in them."""
-    model = build(architecture())
+    model = build(architecture(family=family))
     for parameter in model.parameters():
         shape = list(parameter.shape)
         if getattr(parameter, "tensor_model_parallel", False):
