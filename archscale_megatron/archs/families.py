@@ -182,6 +182,7 @@ FAMILIES: dict[str, Callable[[int], Family]] = {
     f.__name__: f
     for f in (
         transformer, transformer_mha, transformer_gqa4, transformer_gqa4_h2, transformerls, mamba, samba, sambay,
-        sambayw, sambaywr, sambay2, sgdny, mambay, mambay2, gdny, sambayattn, sambayattnall, sambaymlp, sambayoco, swayoco,
+        sambayw, sambaywr, sambay2, sgdny, mambay, mambay2, gdny, sambayattn, sambayattnall, sambaymlp, sambayoco,
+        swayoco,
     )
 }  # fmt: skip

@@ -206,14 +206,15 @@ def test_tensor_parallel_ranks_hold_the_parts_of_one_draw(
     size: int, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each rank's parameters, drawn in this process: the whole model's layers, cut to the rank's shapes."""
-    monkeypatch.setattr(parallel_state, "get_tensor_model_parallel_world_size", lambda: size)
-    ranks = []
+    expected, ranks = initialised(family=family), []
     for rank in range(size):
-        monkeypatch.setattr(parallel_state, "get_tensor_model_parallel_rank", lambda rank=rank: rank)
         model = unfilled_rank(size, family)
-        initialize_parameters(model, architecture(family=family), SEED)
+        with monkeypatch.context() as patch:
+            patch.setattr(parallel_state, "get_tensor_model_parallel_world_size", lambda: size)
+            patch.setattr(parallel_state, "get_tensor_model_parallel_rank", lambda rank=rank: rank)
+            initialize_parameters(model, architecture(family=family), SEED)
         ranks.append(dict(named_global_parameters(model)))
-    for name, whole in initialised(family=family).items():
+    for name, whole in expected.items():
         parts = [parameters[name] for parameters in ranks]
         if getattr(parts[0], "tensor_model_parallel", False):
             parts = [joined([p.data for p in parts], parts[0].partition_dim, blocks_of(parts[0], size))]
