@@ -185,7 +185,7 @@ def single_process_arguments(directory: str) -> argparse.Namespace:
     from megatron.training.arguments import parse_args
     from megatron.training.checkpointing import get_checkpoint_name, get_checkpoint_tracker_filename, read_metadata
 
-    from archscale_megatron.training.arguments import add_arguments, apply_arguments
+    from archscale_megatron.training.arguments import MEGATRON_OPTIONS, add_arguments, apply_arguments
 
     iteration, release = read_metadata(get_checkpoint_tracker_filename(directory))
     checkpoint = get_checkpoint_name(directory, iteration, release, return_base_dir=True)
@@ -202,6 +202,9 @@ def single_process_arguments(directory: str) -> argparse.Namespace:
     args.load, args.micro_batch_size, args.mock_data = directory, 1, True
     args.no_load_optim = args.no_load_rng = True
     explicit = {}
+    for name in MEGATRON_OPTIONS:
+        setattr(args, name, getattr(trained, name))
+        explicit[name] = name
     if trained.architecture.rotary_base is not None:
         args.rotary_base, explicit["rotary_base"] = trained.rotary_base, "--rotary-base"
     apply_arguments(args, explicit)

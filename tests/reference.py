@@ -1,8 +1,8 @@
 """Whole models in plain torch: loops, dense masks, whatever precision the parameters have.
 
 Written from the formulas (SambaY arXiv 2507.06607, Mamba arXiv 2312.00752, YOCO arXiv 2405.05254, RoPE arXiv
-2104.09864) and sharing no code with the package, so that tests can hold the package against it. Only the names
-and layouts of the parameters are the package's.
+2104.09864, differential attention arXiv 2410.05258, attention sinks arXiv 2309.17453) and sharing no code with the
+package, so that tests can hold the package against it. Only the names and layouts of the parameters are the package's.
 """
 
 import math
@@ -39,13 +39,35 @@ MISTAKES = {
     "sambayattn": ("memory of the wrong layer", "window one too large", "RoPE added"),
     "sambayattnall": ("memory of the wrong layer", "window one too large", "RoPE added"),
     "sambaymlp": ("memory of the wrong layer", "memory is the gate", "keys and values of the wrong layer"),
+    "transformersa": ("no sink", "sink of the next head"),
+    "transformerga": ("gate of the next head", "gate without the sigmoid", "gate of the queries"),
+    "sambayda": (
+        "pairs of distant queries", "pairs of distant keys", "pairs of distant values", "lambda of the next layer",
+        "lambda of the hybrid layer", "no 1 - lambda_init", "no second exponential", "pairs not normed",
+        "heads of a pair mixed", "window one too small", "keys and values of the wrong layer",
+    ),
+    "phi4miniflash": (
+        "pairs of distant queries", "lambda of the next layer", "no bias of linear_qkv", "no bias of linear_q",
+        "no bias of linear_proj", "norms without bias", "norms without mean",
+    ),
+    "transformer with options": (
+        "queries not normed", "keys not normed", "norm after RoPE", "no bias of linear_gate", "no bias of linear_fc1",
+        "no bias of linear_fc2", "no bias of linear_proj", "no sink", "gate of the next head",
+    ),
+    "sambayattn with options": (
+        "queries not normed", "cross queries normed", "no bias of in_proj", "no bias of out_proj",
+        "pairs of distant values", "gate of the next head", "memory before the attention's gate",
+    ),
 }  # fmt: skip
-"""Family -> single mistakes that its `Reference` can be told to make."""
+"""Model -> single mistakes that its `Reference` can be told to make."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """One model; windows count the current token, `rotary_base` None is no position embeddings."""
+    """One model; windows count the current token, `rotary_base` None is no position embeddings.
+
+    Biases, sinks, gates, norms of heads, and differential attention are there where their parameters are.
+    """
 
     family: str
     depth: int
@@ -97,45 +119,56 @@ class Reference:
         x = embedding[tokens]
         for i, kind in enumerate(kinds):
             p = _layer(parameters, 2 * i)
-            u = self._norm(x, p["norm.weight"])
+            u = self._norm(x, p, "norm")
             if kind == "mamba":
                 out, memories["mamba", i] = self._mamba(u, p)
             elif kind == "gmu":
-                gate = _silu(u @ p["mixer.in_proj.weight"].T)
-                out = (gate * memories[source, memory_layer]) @ p["mixer.out_proj.weight"].T
+                gate = _silu(self._linear(u, p, "in_proj"))
+                out = self._linear(gate * memories[source, memory_layer], p, "out_proj")
             else:
                 if kind == "cross":
-                    query = (u @ p["mixer.linear_q.weight"].T).unflatten(-1, (self.num_heads, -1))
+                    query = self._linear(u, p, "linear_q").unflatten(-1, (self.num_heads, -1))
+                    if self.mistake == "cross queries normed":
+                        query = self._norm(query, {"weight": torch.ones_like(query[0, 0, 0])}, "")
                     query, (key, value) = self._rotate(query), shared[kv_layer]
                 else:
-                    query, key, value = self._query_key_value(u, p["mixer.linear_qkv.weight"])
-                    query, key = self._rotate(query), self._rotate(key)
+                    query, key, value = self._query_key_value(self._linear(u, p, "linear_qkv"))
+                    query, key = self._normed_and_rotated(query, key, p)
                     shared[i] = key, value
-                out = self._attention(query, key, value, self._mask(tokens.shape[1], kind))
-                memories["attention", i] = out
-                out = out @ p["mixer.linear_proj.weight"].T
+                mask = self._mask(tokens.shape[1], kind)
+                memories["attention", i], out = self._gated_attention(u, query, key, value, mask, p, i)
+                out = self._linear(out, p, "linear_proj")
             x = x + out
             p = _layer(parameters, 2 * i + 1)
-            out, memories["gate", i], memories["up", i] = self._mlp(self._norm(x, p["norm.weight"]), p)
+            out, memories["gate", i], memories["up", i] = self._mlp(self._norm(x, p, "norm"), p)
             x = x + out
-        x = self._norm(x, parameters["decoder.final_norm.weight"])
+        x = self._norm(x, parameters, "decoder.final_norm")
         return x @ parameters.get("output_layer.weight", embedding).T
 
-    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+    def _norm(self, x: Tensor, p: dict[str, Tensor], name: str) -> Tensor:
+        """LayerNorm where it has a bias, else RMSNorm."""
         epsilon = 1e-4 if self.mistake == "norm epsilon 1e-4" else 1e-5
-        return x / torch.sqrt((x * x).mean(-1, keepdim=True) + epsilon) * weight
+        weight, bias = (p.get(f"{name}.{what}".lstrip(".")) for what in ("weight", "bias"))
+        if bias is not None and self.mistake != "norms without mean":
+            x = x - x.mean(-1, keepdim=True)
+        x = x / torch.sqrt((x * x).mean(-1, keepdim=True) + epsilon) * weight
+        return x if bias is None or self.mistake == "norms without bias" else x + bias
+
+    def _linear(self, x: Tensor, p: dict[str, Tensor], name: str) -> Tensor:
+        x, bias = x @ p[f"mixer.{name}.weight"].T, p.get(f"mixer.{name}.bias")
+        return x if bias is None or self.mistake == f"no bias of {name}" else x + bias
 
     def _mlp(self, x: Tensor, p: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """The output, the gate before silu, and the up branch."""
-        gate, up = (x @ half.T for half in p["mixer.linear_fc1.weight"].chunk(2))
+        gate, up = self._linear(x, p, "linear_fc1").chunk(2, -1)
         if self.mistake == "gate and up swapped":
             gate, up = up, gate
-        return (_silu(gate) * up) @ p["mixer.linear_fc2.weight"].T, gate, up
+        return self._linear(_silu(gate) * up, p, "linear_fc2"), gate, up
 
-    def _query_key_value(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The rows of `weight`, for each key-value head: its queries' heads, its key, its value."""
+    def _query_key_value(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The channels of `x`, for each key-value head: its queries' heads, its key, its value."""
         per_group = self.num_heads // self.num_kv_heads
-        heads = (x @ weight.T).unflatten(-1, (self.num_kv_heads * (per_group + 2), -1))
+        heads = x.unflatten(-1, (self.num_kv_heads * (per_group + 2), -1))
         query, key, value = [], [], []
         for group in range(self.num_kv_heads):
             first = group * (per_group + 2)
@@ -143,6 +176,17 @@ class Reference:
             key.append(heads[:, :, first + per_group])
             value.append(heads[:, :, first + per_group + 1])
         return torch.stack(query, 2), torch.stack(key, 2), torch.stack(value, 2)
+
+    def _normed_and_rotated(self, query: Tensor, key: Tensor, p: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        if "mixer.q_layernorm.weight" not in p:
+            return self._rotate(query), self._rotate(key)
+        if self.mistake == "norm after RoPE":
+            query, key = self._rotate(query), self._rotate(key)
+        if self.mistake != "queries not normed":
+            query = self._norm(query, p, "mixer.q_layernorm")
+        if self.mistake != "keys not normed":
+            key = self._norm(key, p, "mixer.k_layernorm")
+        return (query, key) if self.mistake == "norm after RoPE" else (self._rotate(query), self._rotate(key))
 
     def _rotate(self, x: Tensor) -> Tensor:
         """x [b, s, heads, d]: channels j and j + d / 2 turn by the angle position * base^(-2 j / d)."""
@@ -164,16 +208,75 @@ class Reference:
         window += {f"{name} one too small": -1, f"{name} one too large": 1}.get(self.mistake or "", 0)
         return torch.tensor([[0 <= t - u < window for u in range(s)] for t in range(s)])
 
-    def _attention(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-        """query [b, s, heads, d], key and value [b, s, kv heads, d] -> [b, s, heads * d]."""
+    def _gated_attention(
+        self, u: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, p: dict[str, Tensor], layer: int
+    ) -> tuple[Tensor, Tensor]:
+        """The memory, and what is projected: u [b, s, w], query, key and value as below -> [b, s, heads * d] twice."""
+        gate: Tensor | float = 1.0
+        if "mixer.linear_gate.weight" in p:
+            gate = self._linear(u, p, "linear_gate")[..., None]
+            gate = gate if self.mistake == "gate without the sigmoid" else torch.sigmoid(gate)
+            if self.mistake == "gate of the next head":
+                gate = gate.roll(-1, 2)
+            if self.mistake == "gate of the queries":
+                query, gate = query * gate, 1.0
+        if "mixer.core_attention.lambda_q1" in p:
+            out = self._differential_attention(query, key, value, mask, p, layer)
+        else:
+            out = self._attention(query, key, value, mask, p.get("mixer.core_attention.sink"))
+        memory = out if self.mistake == "memory before the attention's gate" else out * gate
+        return memory.flatten(2), (out * gate).flatten(2)
+
+    def _attention(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, sink: Tensor | None = None) -> Tensor:
+        """query [b, s, heads, d], key and value [b, s, kv heads, d] -> [b, s, heads, d]."""
         out = []
         for head in range(self.num_heads):
             group = head // (self.num_heads // self.num_kv_heads)
             if self.mistake == "heads interleaved over key-value heads":
                 group = head % self.num_kv_heads
-            scores = query[:, :, head] @ key[:, :, group].mT / math.sqrt(query.shape[-1])
-            out.append(scores.masked_fill(~mask, -math.inf).softmax(-1) @ value[:, :, group])
-        return torch.cat(out, -1)
+            logit = None
+            if sink is not None and self.mistake != "no sink":
+                logit = sink[(head + 1) % self.num_heads if self.mistake == "sink of the next head" else head]
+            out.append(self._weights(query[:, :, head], key[:, :, group], mask, logit) @ value[:, :, group])
+        return torch.stack(out, 2)
+
+    @staticmethod
+    def _weights(query: Tensor, key: Tensor, mask: Tensor, sink: Tensor | None = None) -> Tensor:
+        """One head's attention map: query and key [b, s, d] -> [b, s, s]; the sink is one more logit of each query."""
+        scores = (query @ key.mT / math.sqrt(query.shape[-1])).masked_fill(~mask, -math.inf)
+        if sink is None:
+            return scores.softmax(-1)
+        return torch.cat([sink.expand(*scores.shape[:-1], 1), scores], -1).softmax(-1)[..., 1:]
+
+    def _differential_attention(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, p: dict[str, Tensor], layer: int
+    ) -> Tensor:
+        """As `_attention`, of pairs of heads (arXiv 2410.05258); `layer` counts from 0."""
+        p = {name.removeprefix("mixer.core_attention."): values for name, values in p.items()}
+        wrong = {"lambda of the next layer": layer + 1, "lambda of the hybrid layer": 2 * layer}
+        index = wrong.get(self.mistake or "", layer)
+        start = 0.8 - 0.6 * math.exp(-0.3 * index)
+        factor = torch.exp((p["lambda_q1"] * p["lambda_k1"]).sum()) + start
+        if self.mistake != "no second exponential":
+            factor = factor - torch.exp((p["lambda_q2"] * p["lambda_k2"]).sum())
+
+        def pair(heads: Tensor, i: int, name: str) -> tuple[Tensor, Tensor]:
+            if self.mistake == f"pairs of distant {name}":
+                return heads[:, :, i], heads[:, :, i + heads.shape[2] // 2]
+            return heads[:, :, 2 * i], heads[:, :, 2 * i + 1]
+
+        out = []
+        for i in range(self.num_heads // 2):
+            group = i // (self.num_heads // self.num_kv_heads)
+            (q1, q2), (k1, k2) = pair(query, i, "queries"), pair(key, group, "keys")
+            v = torch.cat(pair(value, group, "values"), -1)
+            y = self._weights(q1, k1, mask) @ v - factor * (self._weights(q2, k2, mask) @ v)
+            if self.mistake != "pairs not normed":
+                y = self._norm(y, p, "sub_norm")
+            if self.mistake != "no 1 - lambda_init":
+                y = y * (1 - start)
+            out += [y[..., 0::2], y[..., 1::2]] if self.mistake == "heads of a pair mixed" else y.chunk(2, -1)
+        return torch.stack(out, 2)
 
     def _mamba(self, u: Tensor, p: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """u [b, s, w] -> the mixer's output [b, s, w], and the memory [b, s, d_inner]."""

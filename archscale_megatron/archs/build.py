@@ -7,7 +7,7 @@ import difflib
 from dataclasses import replace
 from typing import Any
 
-from archscale_megatron.archs.architecture import MOE, Architecture, Options
+from archscale_megatron.archs.architecture import MOE, WINDOW_ATTENTION, Architecture, Options
 from archscale_megatron.archs.families import FAMILIES, Family
 
 
@@ -60,6 +60,13 @@ def build_architecture(
     if (MOE in chosen.pattern) != (chosen.top_k > 0):
         known = ", ".join(name for name, f in FAMILIES.items() if f(8).top_k)
         raise ValueError(f"--top-k {chosen.top_k}: experts are for the families that have them ({known}), 1 or more")
+    if chosen.attention_sink and (
+        chosen.differential_attention or chosen.half_window or WINDOW_ATTENTION in chosen.pattern
+    ):
+        raise ValueError(
+            f"--attention-sink: a sink is for full attention; {family} has windows or differential attention; leave it "
+            "out, or use transformersa"
+        )
 
     hidden_size = (aspect_ratio or chosen.aspect_ratio) * depth
     heads = num_heads or chosen.num_heads or depth
@@ -89,7 +96,9 @@ def build_architecture(
     except ValueError as error:
         if num_heads or num_kv_heads or chosen.top_k:
             raise
-        raise ValueError(f"{error}, or one of the depths {_legal_depths(family)}") from None
+        raise ValueError(
+            f"{error}, or one of the depths {_legal_depths(family, chosen.differential_attention)}"
+        ) from None
 
 
 def _family(name: str, depth: int) -> Family:
@@ -110,13 +119,13 @@ def _family(name: str, depth: int) -> Family:
     return FAMILIES[name](depth)
 
 
-def _legal_depths(name: str) -> str:
-    """Depths up to 32 that `name` can have without overrides."""
+def _legal_depths(name: str, differential: bool) -> str:
+    """Depths up to 32 that `name` can have without overrides of its numbers."""
     legal = []
     for depth in range(4, 33, 4):
         chosen = FAMILIES[name](depth)
         heads = chosen.num_heads or depth
         kv_heads = chosen.num_kv_heads or max(1, heads // 4)
-        if heads % kv_heads == 0 and not (chosen.differential_attention and kv_heads % 2):
+        if heads % kv_heads == 0 and not (differential and kv_heads % 2):
             legal.append(str(depth))
     return ", ".join(legal)

@@ -181,8 +181,8 @@ def _with_experts(family: Family) -> Family:
 FAMILIES: dict[str, Callable[[int], Family]] = {
     f.__name__: f
     for f in (
-        transformer, transformer_mha, transformer_gqa4, transformer_gqa4_h2, transformerls, mamba, samba, sambay,
-        sambayw, sambaywr, sambay2, sgdny, mambay, mambay2, gdny, sambayattn, sambayattnall, sambaymlp, sambayoco,
-        swayoco,
+        transformer, transformer_mha, transformer_gqa4, transformer_gqa4_h2, transformerls, transformersa,
+        transformerga, mamba, samba, sambay, sambayda, sambayw, sambaywr, sambay2, sgdny, mambay, mambay2, gdny,
+        sambayattn, sambayattnall, sambaymlp, sambayoco, swayoco, phi4miniflash,
     )
 }  # fmt: skip

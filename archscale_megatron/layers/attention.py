@@ -11,6 +11,7 @@ from megatron.core import tensor_parallel
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.attention import (
     Attention,
     CrossAttentionSubmodules,
@@ -18,54 +19,38 @@ from megatron.core.transformer.attention import (
     SelfAttentionSubmodules,
 )
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from archscale_megatron.archs.architecture import Payload
+from archscale_megatron.archs.architecture import Options, Payload
+from archscale_megatron.layers.backend import Linear, build_in_proj, with_bias
+from archscale_megatron.layers.core_attention import CoreAttention
+from archscale_megatron.layers.differential_attention import DifferentialAttention
+from archscale_megatron.layers.norm import RMSNorm
 from archscale_megatron.layers.shared_state import SequenceContext, SharedState
-from archscale_megatron.ops.attention import attention
-
-
-class CoreAttention(MegatronModule):
-    """softmax(q.k / sqrt(d)) v over the causal window: our op in the place of Megatron's own,
-    which builds all s x s scores unless Transformer Engine is there."""
-
-    def __init__(
-        self,
-        config: TransformerConfig,
-        softmax_scale: float | None = None,
-        window: int | None = None,
-        **_: Any,  # layer_number, attn_mask_type, ...: what other core attentions need to be told
-    ) -> None:
-        super().__init__(config)
-        self.window = window
-        self.softmax_scale = config.kv_channels**-0.5 if softmax_scale is None else softmax_scale
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, document_starts: Tensor | None) -> Tensor:
-        """query [s, b, heads / tp, d], key and value [s, b, kv_heads / tp, d] -> [s, b, heads * d / tp]."""
-        dropout = self.config.attention_dropout if self.training else 0.0
-        attend = partial(
-            attention,
-            query, key, value,
-            softmax_scale=self.softmax_scale, window=self.window, document_starts=document_starts,
-        )  # fmt: skip
-        if dropout:
-            # Each TP rank draws its own mask: its heads are its own.
-            with tensor_parallel.get_cuda_rng_tracker().fork():
-                return attend(dropout_p=dropout).flatten(2)
-        return attend().flatten(2)
 
 
 class _AttentionMixer(Attention):
-    """What both kinds share: RoPE, and core attention, recomputed when asked for."""
+    """What both kinds share: RoPE, core attention, recomputed when asked for, and the gate of its heads."""
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, context: SequenceContext) -> Tensor:
+    def _build_gate(self, linear: Linear | None) -> None:
+        sizes = self.config.hidden_size, self.config.num_attention_heads
+        self.linear_gate = None if linear is None else build_in_proj(linear, *sizes, self.config, self.tp_group)
+
+    def _attend(
+        self, hidden_states: Tensor, query: Tensor, key: Tensor, value: Tensor, context: SequenceContext
+    ) -> Tensor:
+        """[s, b, heads / tp, d] each, and the layer's input for the gate -> [s, b, heads * d / tp]."""
         inputs = (query, key, value, context.document_starts)
         if self.checkpoint_core_attention and self.training:
-            return tensor_parallel.checkpoint(self.core_attention, False, *inputs)
-        return self.core_attention(*inputs)
+            heads = tensor_parallel.checkpoint(self.core_attention, False, *inputs)
+        else:
+            heads = self.core_attention(*inputs)
+        if self.linear_gate is not None:
+            gate, _ = self.linear_gate(hidden_states)  # [s, b, heads / tp]
+            heads = (heads * torch.sigmoid(gate.float())[..., None]).to(heads.dtype)
+        return heads.flatten(2)
 
     def _rotate(self, x: Tensor, context: SequenceContext) -> Tensor:
         if context.rotary_pos_emb is None:
@@ -87,8 +72,10 @@ class SelfAttentionMixer(SelfAttention, _AttentionMixer):
         layer_number: int,
         pg_collection: ProcessGroupCollection,
         writes: Payload,
+        linear_gate: Linear | None,
     ) -> None:
         super().__init__(config, submodules, layer_number, AttnMaskType.causal, pg_collection=pg_collection)
+        self._build_gate(linear_gate)
         self.writes = writes
 
     def forward(
@@ -99,7 +86,7 @@ class SelfAttentionMixer(SelfAttention, _AttentionMixer):
         query, key = self._rotate(query, context), self._rotate(key, context)
         if "kv" in self.writes:
             state.key, state.value = key, value
-        output = self._attend(query, key, value, context)
+        output = self._attend(hidden_states, query, key, value, context)
         if "memory" in self.writes:
             state.memory = output
         return self.linear_proj(output)
@@ -115,18 +102,12 @@ class CrossAttentionMixer(_AttentionMixer):
         layer_number: int,
         pg_collection: ProcessGroupCollection,
         writes: Payload,
+        linear_gate: Linear | None,
     ) -> None:
         super().__init__(config, submodules, layer_number, AttnMaskType.causal, "cross", pg_collection=pg_collection)
-        self.linear_q = submodules.linear_q(
-            config.hidden_size,
-            self.query_projection_size,
-            config=config,
-            init_method=config.init_method,
-            gather_output=False,
-            bias=config.add_bias_linear or config.add_qkv_bias,
-            skip_bias_add=False,
-            is_expert=False,
-            tp_group=pg_collection.tp,
+        self._build_gate(linear_gate)
+        self.linear_q = build_in_proj(
+            submodules.linear_q, config.hidden_size, self.query_projection_size, config, self.tp_group
         )
 
     def get_query_key_value_tensors(
@@ -146,25 +127,40 @@ class CrossAttentionMixer(_AttentionMixer):
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states [s, b, h] -> [s, b, h]."""
         query, key, value = self.get_query_key_value_tensors(hidden_states, (state.key, state.value))
-        return self.linear_proj(self._attend(self._rotate(query, context), key, value, context))
+        return self.linear_proj(self._attend(hidden_states, self._rotate(query, context), key, value, context))
 
 
-def self_attention_spec(backend: BackendSpecProvider, window: int | None) -> ModuleSpec:
+def self_attention_spec(backend: BackendSpecProvider, window: int | None, options: Options) -> ModuleSpec:
     """The spec of a self-attention layer's mixer; `window` counts the current token, None is all."""
+    norm = RMSNorm if options.qk_norm else None
     submodules = SelfAttentionSubmodules(
-        linear_qkv=backend.column_parallel_linear(),
-        core_attention=partial(CoreAttention, window=window),
-        linear_proj=backend.row_parallel_linear(),
+        linear_qkv=with_bias(backend.column_parallel_linear(), options.qkv_bias),
+        core_attention=_core_attention(window, options),
+        linear_proj=with_bias(backend.row_parallel_linear(), options.attention_output_bias),
+        # Each TP rank norms its own heads; Megatron sums the gradients of norms with these names over the ranks.
+        q_layernorm=norm,
+        k_layernorm=norm,
     )
-    return ModuleSpec(module=SelfAttentionMixer, submodules=submodules)
+    return ModuleSpec(module=SelfAttentionMixer, submodules=submodules, params={"linear_gate": _gate(options)})
 
 
-def cross_attention_spec(backend: BackendSpecProvider, window: int | None) -> ModuleSpec:
+def cross_attention_spec(backend: BackendSpecProvider, window: int | None, options: Options) -> ModuleSpec:
     """The spec of a cross-attention layer's mixer; `window` as above."""
     submodules = CrossAttentionSubmodules(
-        linear_q=backend.column_parallel_linear(),
+        linear_q=with_bias(backend.column_parallel_linear(), options.qkv_bias),
         linear_kv=torch.nn.Identity,  # it has none: the shared state brings the keys and values
-        core_attention=partial(CoreAttention, window=window),
-        linear_proj=backend.row_parallel_linear(),
+        core_attention=_core_attention(window, options),
+        linear_proj=with_bias(backend.row_parallel_linear(), options.attention_output_bias),
     )
-    return ModuleSpec(module=CrossAttentionMixer, submodules=submodules)
+    return ModuleSpec(module=CrossAttentionMixer, submodules=submodules, params={"linear_gate": _gate(options)})
+
+
+def _core_attention(window: int | None, options: Options) -> partial[CoreAttention]:
+    if options.differential_attention:
+        return partial(DifferentialAttention, window=window)
+    return partial(CoreAttention, window=window, sink=options.attention_sink)
+
+
+def _gate(options: Options) -> Linear | None:
+    """Megatron's own linear in any backend: so few channels are no FP8 product."""
+    return with_bias(ColumnParallelLinear, options.qkv_bias) if options.attention_gate else None

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
-from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 from torch.distributed import ProcessGroup
+
+Linear = Callable[..., nn.Module]  # a class of linear layers, or what builds one
 
 
 def backend_for(config: TransformerConfig | Namespace) -> BackendSpecProvider:
@@ -34,12 +36,27 @@ def parameter_options(config: TransformerConfig) -> dict[str, Any]:
     return {"device": device, "dtype": config.params_dtype}
 
 
+def with_bias(linear: Linear, bias: bool) -> Linear:
+    """`linear` with or without a bias, whatever the layer that builds it asks for: Megatron's config has one choice
+    for all linears where an architecture has several."""
+
+    def build(*args: Any, **kwargs: Any) -> nn.Module:
+        return linear(*args, **kwargs | {"bias": bias})
+
+    return build
+
+
 def build_in_proj(
-    linear: type, input_size: int, output_size: int, config: TransformerConfig, tp_group: ProcessGroup, stride: int = 1
+    linear: Linear,
+    input_size: int,
+    output_size: int,
+    config: TransformerConfig,
+    tp_group: ProcessGroup,
+    stride: int = 1,
 ) -> nn.Module:
-    """A column-parallel projection without bias; `stride` blocks (x and z, say) of which each rank holds a slice."""
-    return build_module(
-        linear,
+    """A column-parallel projection, without bias unless `linear` insists; `stride` blocks (x and z, say) of which each
+    rank holds a slice."""
+    return linear(
         input_size,
         output_size,
         config=config,
@@ -54,11 +71,10 @@ def build_in_proj(
 
 
 def build_out_proj(
-    linear: type, input_size: int, output_size: int, config: TransformerConfig, tp_group: ProcessGroup
+    linear: Linear, input_size: int, output_size: int, config: TransformerConfig, tp_group: ProcessGroup
 ) -> nn.Module:
-    """A row-parallel projection without bias, of an input whose channels are split over the ranks."""
-    return build_module(
-        linear,
+    """A row-parallel projection, of an input whose channels are split over the ranks; biases as above."""
+    return linear(
         input_size,
         output_size,
         config=config,

@@ -13,15 +13,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from archscale_megatron.archs.architecture import Payload
-from archscale_megatron.layers.backend import build_in_proj, build_out_proj
+from archscale_megatron.layers.backend import Linear, build_in_proj, build_out_proj, with_bias
 from archscale_megatron.layers.norm import GatedRMSNorm
 from archscale_megatron.layers.shared_state import SequenceContext, SharedState
 
 
 @dataclass
 class GatedMemoryUnitSubmodules:
-    in_proj: type
-    out_proj: type
+    in_proj: Linear
+    out_proj: Linear
 
 
 class GatedMemoryUnit(MegatronModule):
@@ -62,10 +62,11 @@ class GatedMemoryUnit(MegatronModule):
         return self.out_proj((F.silu(gate.float()) * memory).to(gate.dtype))
 
 
-def gmu_spec(backend: BackendSpecProvider, memory_size: int, normalize: bool) -> ModuleSpec:
-    """The spec of a GMU layer's mixer."""
+def gmu_spec(backend: BackendSpecProvider, memory_size: int, normalize: bool, bias: bool) -> ModuleSpec:
+    """The spec of a GMU layer's mixer; `bias` is of both projections."""
     submodules = GatedMemoryUnitSubmodules(
-        in_proj=backend.column_parallel_linear(), out_proj=backend.row_parallel_linear()
+        in_proj=with_bias(backend.column_parallel_linear(), bias),
+        out_proj=with_bias(backend.row_parallel_linear(), bias),
     )
     params = {"memory_size": memory_size, "normalize": normalize}
     return ModuleSpec(module=GatedMemoryUnit, submodules=submodules, params=params)

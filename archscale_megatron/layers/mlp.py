@@ -10,6 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from archscale_megatron.archs.architecture import Payload
+from archscale_megatron.layers.backend import with_bias
 from archscale_megatron.layers.shared_state import SequenceContext, SharedState
 from archscale_megatron.ops.swiglu import swiglu
 
@@ -46,7 +47,10 @@ class MLPMixer(MLP):
         return self.linear_fc2(swiglu(gate_up))
 
 
-def mlp_spec(backend: BackendSpecProvider) -> ModuleSpec:
-    """The spec of an MLP layer's mixer."""
-    submodules = MLPSubmodules(linear_fc1=backend.column_parallel_linear(), linear_fc2=backend.row_parallel_linear())
+def mlp_spec(backend: BackendSpecProvider, bias: bool) -> ModuleSpec:
+    """The spec of an MLP layer's mixer; `bias` is of both projections."""
+    submodules = MLPSubmodules(
+        linear_fc1=with_bias(backend.column_parallel_linear(), bias),
+        linear_fc2=with_bias(backend.row_parallel_linear(), bias),
+    )
     return ModuleSpec(module=MLPMixer, submodules=submodules)

@@ -37,13 +37,13 @@ def stack_spec(config: HybridConfig) -> ModuleSpec:
     backend = backend_for(config)
     mixers = {
         MAMBA1: mamba1_spec(backend, arch.d_inner, arch.dt_rank, arch.state_size, arch.conv_kernel),
-        WINDOW_ATTENTION: self_attention_spec(backend, arch.window),
-        FULL_ATTENTION: self_attention_spec(backend, arch.full_window),
+        WINDOW_ATTENTION: self_attention_spec(backend, arch.window, arch),
+        FULL_ATTENTION: self_attention_spec(backend, arch.full_window, arch),
         MAMBA2: mamba2_spec(backend, arch.mamba2_heads, arch.mamba2_head_dim, arch.mamba2_state_size, arch.conv_kernel),
         GATED_DELTA_NET: gated_delta_net_spec(backend, arch.gdn_heads, arch.gdn_head_dim, arch.conv_kernel),
-        GMU: gmu_spec(backend, arch.memory_size, arch.normalizes_memory),
-        CROSS_ATTENTION: cross_attention_spec(backend, arch.full_window),
-        MLP: mlp_spec(backend),
+        GMU: gmu_spec(backend, arch.memory_size, arch.normalizes_memory, arch.linear_bias),
+        CROSS_ATTENTION: cross_attention_spec(backend, arch.full_window, arch),
+        MLP: mlp_spec(backend, arch.linear_bias),
     }
     layers = {
         symbol: ModuleSpec(module=HybridLayer, submodules=HybridLayerSubmodules(norm=norm_class(config), mixer=mixer))

@@ -9,7 +9,8 @@ Standard parametrisation (SP) as ArchScale e77b786 initialises it; arXiv 2507.06
     A_log                      log(1..state size) in Mamba-1, log U(1, 16) in Mamba-2, log U(0, 16) in a gated delta net
     D                          1
     dt_proj.bias, dt_bias      softplus^-1 of a step size drawn log-uniformly from [1e-3, 0.1], at least 1e-4
-    norms, other biases        1, 0
+    lambdas                    N(0, 0.1^2) (differential attention)
+    norms, sinks, biases       1, 0, 0
 """
 
 from __future__ import annotations
@@ -80,8 +81,10 @@ def initial_values(name: str, shape: tuple[int, ...], arch: Architecture, genera
     if ".conv1d." in name:
         bound = arch.conv_kernel**-0.5
         return values.uniform_(-bound, bound, generator=generator)
-    if name.endswith("bias"):
+    if name.endswith(("bias", "core_attention.sink")):
         return values.zero_()
+    if ".lambda_" in name:
+        return values.normal_(0.0, 0.1, generator=generator)
     std = 0.02 / math.sqrt(2 * arch.depth) if name.endswith(LAST_PROJECTIONS) else 0.02
     return values.normal_(0.0, std, generator=generator)
 

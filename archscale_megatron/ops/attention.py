@@ -20,6 +20,7 @@ def attention(
     window: int | None = None,
     document_starts: Tensor | None = None,
     dropout_p: float = 0.0,
+    sink: Tensor | None = None,
 ) -> Tensor:
     """softmax(softmax_scale * Q K^T) V over the tokens that each token may see: itself and those before it.
 
@@ -35,14 +36,24 @@ def attention(
         window: number of tokens seen, the own one included; None for all.
         document_starts: bool [s, b], True at a document's first token: no token sees beyond its document.
         dropout_p: probability with which an attention weight is dropped.
+        sink: [n_q], logits of something without a value that every token sees too: its exponential is a further term
+            of the softmax's denominator (arXiv 2309.17453). Not with a window.
 
     Returns:
         [s, b, n_q, d_v] in the dtype of query.
 
     Raises:
-        ValueError: shapes that do not fit, a window below 1, or document_starts that is not bool [s, b].
+        ValueError: shapes that do not fit, a window below 1 or beside a sink, or document_starts that is not bool
+            [s, b].
     """
     _check_arguments(query, key, value, window, document_starts)
+    if sink is not None:
+        if window is not None or sink.shape != query.shape[2:3]:
+            raise ValueError(
+                f"sink {list(sink.shape)}, window {window}: give one logit for each of the {query.shape[2]} query "
+                "heads, and no window"
+            )
+        return _with_sink(query, key, value, sink, softmax_scale, document_starts, dropout_p)
     # Fused kernels want equal head dimensions. Zeros add nothing to a logit, and give columns to cut off.
     d_v = value.shape[-1]
     head_dim = max(query.shape[-1], d_v)
@@ -51,6 +62,41 @@ def attention(
     half = query.dtype in (torch.float16, torch.bfloat16)
     attend = _flash_attn if query.is_cuda and half and _flash_attn_installed() else _torch
     return attend(query, key, value, softmax_scale, window, document_starts, dropout_p)[..., :d_v]
+
+
+def _with_sink(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sink: Tensor,
+    softmax_scale: float,
+    document_starts: Tensor | None,
+    dropout_p: float,
+) -> Tensor:
+    """Attention with one more token before each document, of value 0. One more channel makes its logit the sink's: it
+    holds the sink in the queries, 1 in that token's key, and 0 in all others. No kernel needs to know."""
+    s, b, _, d = query.shape
+    channel = (sink / softmax_scale).to(query.dtype)[:, None].expand(s, b, -1, 1)
+    query, key = torch.cat([query, channel], -1), F.pad(key, (0, 1))
+    options: dict[str, Any] = {"softmax_scale": softmax_scale, "dropout_p": dropout_p}
+    if document_starts is None:
+        query, key, value = (F.pad(x, (0, 0, 0, 0, 0, 0, 1, 0)) for x in (query, key, value))
+        key[0, ..., d] = 1
+        return attention(query, key, value, **options)[1:]
+    starts = document_starts.t().clone()
+    starts[:, 0] = True
+    starts = starts.flatten()
+    places = torch.arange(s * b, device=starts.device) + starts.cumsum(0)  # of the tokens, all rows in one
+    sinks = places[starts] - 1
+    length = s * b + len(sinks)
+    query, key, value = (
+        x.new_zeros(length, 1, *x.shape[2:]).index_copy(0, places, x.transpose(0, 1).flatten(0, 1).unsqueeze(1))
+        for x in (query, key, value)
+    )
+    key[sinks, ..., d] = 1
+    starts = torch.zeros(length, 1, dtype=torch.bool, device=starts.device).index_fill(0, sinks, True)
+    out = attention(query, key, value, document_starts=starts, **options)
+    return out[places, 0].unflatten(0, (b, s)).transpose(0, 1)
 
 
 def _check_arguments(

@@ -27,9 +27,9 @@ VOCABULARY_MULTIPLE = 64  # ArchScale's padding
 # ones that would be ignored as well as those that would be wrong.
 FIXED: dict[str, Any] = {
     # layers
-    "swiglu": True, "squared_relu": False, "quick_geglu": False, "add_bias_linear": False, "add_qkv_bias": False,
+    "swiglu": True, "squared_relu": False, "quick_geglu": False, "add_bias_linear": False,
     "layernorm_zero_centered_gamma": False, "group_query_attention": True,
-    "qk_layernorm": False, "qk_l2_norm": False, "qk_clip": False, "attention_output_gate": False,
+    "qk_l2_norm": False, "qk_clip": False, "attention_output_gate": False,
     "multi_latent_attention": False,
     "softmax_type": "vanilla", "apply_query_key_layer_scaling": False, "window_size": None,
     "window_attn_skip_freq": None, "attention_backend": AttnBackend.auto, "num_experts": None, "mtp_num_layers": None,
@@ -50,6 +50,15 @@ RECOMPUTE_MODULES = {"core_attn"}
 CHUNKED_ABOVE = 100_000  # entries of the vocabulary, as in ArchScale
 # Options of Megatron's that reach its output layer and loss alone, which the chunked loss goes without.
 PLAIN_LOSS_ONLY = ("cross_entropy_loss_fusion", "defer_embedding_wgrad_compute", "tensor_parallel_num_weight_shards")
+# Our flags, and those of Megatron's, that change what a family has: attribute -> field of `Options`.
+OUR_OPTIONS = {
+    "differential_attention": "differences of pairs of attention maps",
+    "attention_gate": "gate each attention head",
+    "attention_sink": "a learned logit a head that takes attention from the tokens",
+    "attention_output_bias": "bias of the attention's output projection",
+    "linear_bias": "biases of the projections of MLPs and GMUs",
+}
+MEGATRON_OPTIONS = {"normalization": "normalization", "qk_layernorm": "qk_norm", "add_qkv_bias": "qkv_bias"}
 
 
 class ArgumentError(ValueError):
@@ -73,6 +82,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help=f"the loss from all logits, or from blocks of the vocabulary; auto: that above {CHUNKED_ABOVE:,} entries",
     )
     group.add_argument("--label-smoothing", type=float, default=0.0, help="in training and validation loss (0)")
+    for name, meaning in OUR_OPTIONS.items():
+        group.add_argument(f"--{name.replace('_', '-')}", action="store_true", default=None, help=meaning)
     return parser
 
 
@@ -143,7 +154,8 @@ def apply_arguments(args: argparse.Namespace, explicit: dict[str, str]) -> None:
             context_length=args.seq_length,
             vocab_size=args.vocab_size,
             tied_embeddings=not args.untie_embeddings_and_output_weights,
-            normalization=args.normalization if "normalization" in explicit else None,
+            **{name: getattr(args, name) for name in OUR_OPTIONS},
+            **{field: getattr(args, name) for name, field in MEGATRON_OPTIONS.items() if name in explicit},
         )
     except ValueError as error:
         raise ArgumentError(str(error)) from None
@@ -276,7 +288,8 @@ def _set_dimensions(args: argparse.Namespace, arch: Architecture) -> None:
     args.num_query_groups = arch.num_query_groups
     args.kv_channels = arch.head_dim
     args.norm_epsilon = args.layernorm_epsilon = arch.norm_epsilon
-    args.normalization = arch.normalization
+    for name, field in MEGATRON_OPTIONS.items():
+        setattr(args, name, getattr(arch, field))
     args.position_embedding_type = "none" if arch.rotary_base is None else "rope"
     args.rotary_base = arch.rotary_base or args.rotary_base
     args.vocab_size = arch.vocab_size

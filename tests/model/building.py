@@ -18,6 +18,7 @@ def config_of(arch: Architecture, dtype: torch.dtype = torch.float32, **options:
         "hidden_size": arch.hidden_size, "ffn_hidden_size": arch.ffn_hidden_size,
         "num_attention_heads": arch.num_attention_heads, "num_query_groups": arch.num_query_groups,
         "kv_channels": arch.head_dim, "layernorm_epsilon": arch.norm_epsilon, "normalization": arch.normalization,
+        "qk_layernorm": arch.qk_norm, "add_qkv_bias": arch.qkv_bias,
         "gated_linear_unit": True, "activation_func": torch.nn.functional.silu, "add_bias_linear": False,
         "transformer_impl": "local", "hidden_dropout": 0.0, "attention_dropout": 0.0, "perform_initialization": False,
         "bf16": half, "params_dtype": dtype, "pipeline_dtype": torch.float32, "fp32_residual_connection": half,

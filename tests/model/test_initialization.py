@@ -123,6 +123,36 @@ def test_parameters_of_heads(family: str, lowest: float) -> None:
     assert (draw("norm.weight") == 1).all() and (draw("D") == 1).all()
 
 
+def test_parameters_of_options_are_drawn_as_archscale_s() -> None:
+    options = ("attention_gate", "qk_norm", "qkv_bias", "attention_output_bias", "linear_bias")
+    numbers = {"aspect_ratio": 16, "head_dim": 64, "num_heads": 8, "num_kv_heads": 4, "vocab_size": 64}
+    parameters: dict[str, Tensor] = {}
+    for family, option in (("sambay", "differential_attention"), ("transformer", "attention_sink")):
+        arch = build_architecture(family, DEPTH, **numbers, **dict.fromkeys((*options, option), True))
+        parameters |= {f"{family} {name}": values for name, values in values_of(build(arch, seed=SEED)).items()}
+
+    def of(*ends: str) -> Tensor:
+        return torch.cat([values.flatten() for name, values in parameters.items() if name.endswith(ends)])
+
+    vectors = "lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"
+    assert of(*vectors).numel() == 4 * 64 * (DEPTH // 2)
+    assert_drawn_from(of(*vectors), normal(0.1))
+    assert_drawn_from(of("linear_gate.weight"), normal(0.02))
+    assert (of("sub_norm.weight", "q_layernorm.weight", "k_layernorm.weight") == 1).all()
+    projections = (
+        "linear_qkv",
+        "linear_q",
+        "linear_gate",
+        "linear_proj",
+        "linear_fc1",
+        "linear_fc2",
+        "in_proj",
+        "out_proj",
+    )
+    for name in ("core_attention.sink", *(f"{projection}.bias" for projection in projections)):
+        assert not of(name).any()
+
+
 def test_the_distributions_are_told_apart() -> None:
     """The test above would notice 5% of standard deviation, and a uniform of the same standard deviation."""
     values = initialised()["decoder.layers.1.mixer.linear_fc1.weight"]

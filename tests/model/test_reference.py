@@ -18,6 +18,17 @@ from tests.reference import MISTAKES, Reference, token_losses
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
+# Options that no family has: in every linear and attention layer, alone and with each other.
+WITH_OPTIONS = {
+    "transformer with options": {
+        "attention_sink": True, "attention_gate": True, "qk_norm": True, "qkv_bias": True,
+        "attention_output_bias": True, "linear_bias": True,
+    },
+    "sambayattn with options": {
+        "differential_attention": True, "attention_gate": True, "qk_norm": True, "linear_bias": True,
+    },
+}  # fmt: skip
+MODELS = (*FAMILIES, *WITH_OPTIONS)
 BATCH, SEQUENCE = 2, 37  # several windows, and a multiple of nothing
 
 # Errors in the largest value of a tensor. Where many scans follow each other, roundings of 6e-8 grow to more than this
@@ -28,13 +39,14 @@ BF16 = 5e-2
 NOTICED = 5e-3  # what a mistake changes at least, in the largest value; the least of them changes 7e-2
 
 
-def architecture(family: str, tied: bool = True) -> Architecture:
+def architecture(model: str, tied: bool = True) -> Architecture:
     """Depth 8, width 40: 8 heads of 8 channels, 4 key-value heads, 80 Mamba channels, 3 ranks of dt."""
+    family = model.split()[0]
     own = family.startswith("transformer_")  # which are about their numbers of heads
     heads = {} if own else {"num_heads": 8, "num_kv_heads": 4}
     return build_architecture(
         family, 8, aspect_ratio=5, head_dim=8, local_window=5, context_length=18, vocab_size=96,
-        tied_embeddings=tied, **heads,
+        tied_embeddings=tied, **heads, **WITH_OPTIONS.get(model, {}),
     )  # fmt: skip
 
 
@@ -54,7 +66,7 @@ def randomise(model: HybridModel) -> None:
         normal, uniform = (draw(shape, generator=generator) for draw in (torch.randn, torch.rand))
         if "embedding" in name:
             values = 0.05 * normal  # small: the norm's epsilon counts
-        elif "norm" in name or name.endswith(".D"):
+        elif name.endswith(".D") or ("norm" in name and name.endswith("weight")):
             values = 1 + 0.3 * normal
         elif name.endswith("A_log"):
             values = (0.5 + 15.5 * uniform).log()
@@ -62,6 +74,12 @@ def randomise(model: HybridModel) -> None:
             values = (uniform * math.log(100) + math.log(1e-3)).exp().expm1().log()
         elif ".conv1d." in name:
             values = 0.5 * normal
+        elif (
+            ".lambda_" in name
+        ):  # a lambda near 1 would make the first token's difference all but 0, and its norm rough
+            values = 0.1 * normal
+        elif len(shape) == 1:  # other biases, sinks
+            values = normal
         else:
             values = normal / math.sqrt(shape[1])
         parameter.copy_(values)
@@ -122,7 +140,7 @@ def error(got: Tensor, expected: Tensor) -> float:
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MODELS)
 def test_model_is_the_reference(family: str, tied: bool) -> None:
     c = comparison(family, tied)
     (logits, losses, gradients), (ref_logits, ref_losses, ref_gradients) = c.got, c.expected
@@ -136,7 +154,7 @@ def test_model_is_the_reference(family: str, tied: bool) -> None:
         assert worst < 2 * max(error(rounded[name], ref_gradients[name]) for name in ref_gradients)
 
 
-@pytest.mark.parametrize(("family", "mistake"), [(f, m) for f in FAMILIES for m in MISTAKES[f]])
+@pytest.mark.parametrize(("family", "mistake"), [(f, m) for f in MODELS for m in MISTAKES[f]])
 def test_the_comparison_notices(family: str, mistake: str) -> None:
     c = comparison(family)
     with torch.no_grad():
@@ -144,7 +162,7 @@ def test_the_comparison_notices(family: str, mistake: str) -> None:
     assert error(c.got[0], logits) > NOTICED
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MODELS)
 def test_causal(family: str) -> None:
     """A token changes its own logits and later ones, no earlier one, not even by a rounding."""
     c = comparison(family)
@@ -200,7 +218,7 @@ def test_recompute_changes_no_gradient(method: str, dropout: float) -> None:
         assert torch.equal(gradient, recomputed[name]), name
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MODELS)
 def test_bf16(family: str) -> None:
     """Parameters and matrix products in bf16; the residual stream and the scan's parameters in fp32."""
     c = comparison(family, dtype=torch.bfloat16)

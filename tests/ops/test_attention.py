@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from archscale_megatron.ops.attention import attention
 
 
-def reference(query, key, value, softmax_scale, window=None, document_starts=None):
+def reference(query, key, value, softmax_scale, window=None, document_starts=None, sink=None):
     """Every row and head apart, every pair of positions asked whether it sees the other."""
     s, b, n_q, _ = query.shape
     group = n_q // key.shape[2]
@@ -27,7 +27,11 @@ def reference(query, key, value, softmax_scale, window=None, document_starts=Non
         heads = []
         for head in range(n_q):
             logits = softmax_scale * query[:, row, head] @ key[:, row, head // group].t()
-            weights = logits.masked_fill(~visible, float("-inf")).softmax(-1)
+            logits = logits.masked_fill(~visible, float("-inf"))
+            if sink is None:
+                weights = logits.softmax(-1)
+            else:
+                weights = logits.exp() / (logits.exp().sum(-1, keepdim=True) + sink[head].exp())
             heads.append(weights @ value[:, row, head // group])
         rows.append(torch.stack(heads, 1))
     return torch.stack(rows, 1)
@@ -46,9 +50,16 @@ def difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def assert_matches_reference(leaves, grad, tolerance=1e-5, **options):
-    actual = attention(*leaves, softmax_scale=0.3, **options)
+    """`leaves` are query, key, value and, as the case may be, sink."""
+
+    def split(given):
+        return given[:3], dict(zip(["sink"], given[3:], strict=False)) | options
+
+    arguments, actual_options = split(leaves)
+    actual = attention(*arguments, softmax_scale=0.3, **actual_options)
     exact = [x.detach().double().requires_grad_() for x in leaves]
-    expected = reference(*exact, 0.3, **options)
+    arguments, expected_options = split(exact)
+    expected = reference(*arguments, 0.3, **expected_options)
     assert actual.dtype == leaves[0].dtype
     assert difference(actual, expected) < tolerance
     actual_grads = torch.autograd.grad(actual, leaves, grad)
@@ -102,6 +113,23 @@ def test_every_document_equals_itself_alone(window) -> None:
             torch.testing.assert_close(packed[begin:end, row : row + 1], alone, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("documents", [False, True])
+def test_sink(heads, documents) -> None:
+    leaves, grad = inputs(200, 2, *heads)
+    sink = torch.linspace(-2, 3, heads[0]).requires_grad_()  # no two heads alike
+    starts = two_rows_of_documents(200) if documents else None
+    assert_matches_reference([*leaves, sink], grad, document_starts=starts)
+
+
+def test_sink_of_minus_infinity_takes_nothing() -> None:
+    leaves, _ = inputs(50, 2, 8, 2, 8, 8)
+    options = {"softmax_scale": 0.3, "document_starts": torch.arange(50)[:, None].expand(50, 2) % 20 == 0}
+    torch.testing.assert_close(
+        attention(*leaves, sink=torch.full((8,), -1e4), **options), attention(*leaves, **options), rtol=1e-6, atol=1e-6
+    )
+
+
 def test_bf16() -> None:
     # one rounding to bf16 is 2^-8; a gradient passes several
     assert_matches_reference(
@@ -119,6 +147,8 @@ def test_cpu_takes_only_the_fused_kernel(window, with_documents) -> None:
     starts = two_rows_of_documents(200) if with_documents else None
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # torch raises where the kernel does not serve
         attention(*leaves, softmax_scale=0.3, window=window, document_starts=starts).backward(grad)
+        if window is None:
+            attention(*leaves, softmax_scale=0.3, document_starts=starts, sink=torch.ones(8)).backward(grad)
 
 
 @pytest.mark.parametrize("window", [None, 5])
@@ -174,6 +204,8 @@ def test_wrong_arguments_are_refused() -> None:
         ((query, key, value[:5]), {}, "give query"),
         ((query[0], key[0], value[0]), {}, "heads, head_dim"),
         ((query, key, value), {"window": 0}, "at least 1"),
+        ((query, key, value), {"window": 3, "sink": torch.zeros(4)}, "and no window"),
+        ((query, key, value), {"sink": torch.zeros(2)}, "one logit for each of the 4 query heads"),
         ((query, key, value), {"document_starts": starts.t()}, "document_starts"),
         ((query, key, value), {"document_starts": starts.int()}, "document_starts"),
     ]:

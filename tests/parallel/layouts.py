@@ -6,10 +6,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from archscale_megatron.archs.architecture import PIPE, Architecture
+from archscale_megatron.archs.build import build_architecture
 from archscale_megatron.model.pipeline import split_by_compute
 
 FAMILIES = ("transformer", "transformerls", "samba", "sambay", "sambayoco", "swayoco")
 TINY = {"depth": 8, "aspect_ratio": 8, "head_dim": 8, "local_window": 7, "vocab_size": 96}
+# Differential attention needs two key-value heads a rank. The second family has all options of attention and linears.
+OPTIONS = {
+    "attention_gate": True, "qk_norm": True, "qkv_bias": True, "attention_output_bias": True, "linear_bias": True,
+}  # fmt: skip
+ATTENTION_FAMILIES = ("transformersa", "transformerga", "sambayda", "phi4miniflash", "transformersa with options")
 SEQUENCE_LENGTH = 32
 GLOBAL_BATCH, MICRO_BATCH = 8, 2
 
@@ -66,6 +72,14 @@ LAYOUTS = {
     "pp2_bf16": Layout(pp=2, bf16=True, cuts=(11,)),
     "stp2_pp2_bf16": Layout(tp=2, pp=2, sp=True, bf16=True, cuts=(11,)),
 }
+
+
+def tiny(family: str, tied: bool = True) -> Architecture:
+    """The tiny model of `family`."""
+    family, options = family.split()[0], OPTIONS if " " in family else {}
+    more_heads = family in ("transformerga", "sambayda", "phi4miniflash")
+    heads = {"num_heads": 8, "num_kv_heads": 4} if more_heads else {}
+    return build_architecture(family, **TINY, **heads, **options, tied_embeddings=tied)
 
 
 def pattern_of(arch: Architecture, layout: Layout) -> str:

@@ -1,6 +1,6 @@
 """Trains tiny models for two steps in the layouts that fit this world size, and saves what came out.
 
-torchrun --nproc-per-node N -m tests.parallel.worker DIRECTORY
+torchrun --nproc-per-node N -m tests.parallel.worker DIRECTORY [FAMILY OR LAYOUT ...]
 
 For each family and layout, rank 0 writes DIRECTORY/FAMILY.LAYOUT.safetensors with whole tensors, put together from all
 ranks: `loss.STEP`, `grad.STEP.NAME` (as the optimizer sees it) and `param.NAME` (after the steps).
@@ -35,7 +35,6 @@ from megatron.core.transformer.module import Float16Module  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from archscale_megatron.archs.build import build_architecture  # noqa: E402
 from archscale_megatron.model.config import HybridConfig  # noqa: E402
 from archscale_megatron.model.spec import build_model  # noqa: E402
 from archscale_megatron.mup.initialization import blocks_of, named_global_parameters  # noqa: E402
@@ -50,16 +49,17 @@ from tests.parallel.layouts import (  # noqa: E402
     TINY,
     Layout,
     pattern_of,
+    tiny,
 )
 
 STEPS = 2
 # Initial weights are scaled so that every layer counts, and no update is large beside its weight.
-WEIGHT_SCALE, UNTIED_EMBEDDING_SCALE = 3.0, 600.0
+WEIGHT_SCALE, UNTIED_EMBEDDING_SCALE, ZERO_REPLACEMENT = 3.0, 600.0, 0.3
 
 
 def config_of(family: str, layout: Layout) -> HybridConfig:
     """The transformer config that Megatron's arguments would make for this layout."""
-    arch = build_architecture(family, **TINY, tied_embeddings=layout.tied)
+    arch = tiny(family, layout.tied)
     return building.config_of(
         arch,
         torch.bfloat16 if layout.bf16 else torch.float32,
@@ -101,6 +101,8 @@ def build_chunks(config: HybridConfig, layout: Layout) -> list[DistributedDataPa
             if name.endswith("weight") and "norm" not in name:
                 small = name.startswith("embedding") and not layout.tied
                 parameter.data.mul_(UNTIED_EMBEDDING_SCALE if small else WEIGHT_SCALE)
+            elif not parameter.any():  # biases and sinks: beside 0, the rounding of an update is as large as itself
+                parameter.data.fill_(ZERO_REPLACEMENT)
         chunks.append(DistributedDataParallel(config, ddp, Float16Module(config, model) if layout.bf16 else model))
     return chunks
 
@@ -220,12 +222,15 @@ def join(layout: tuple[int, tuple[int, ...]] | None, parts: dict[int, Tensor]) -
 
 def main(directory: Path, names: list[str]) -> None:
     dist.init_process_group("gloo")
-    for name, layout in (REFERENCES | LAYOUTS).items():
-        if layout.world_size != dist.get_world_size() or (names and name not in names):
+    layouts = REFERENCES | LAYOUTS
+    families = [name for name in names if name not in layouts] or FAMILIES
+    chosen = layouts.keys() & names or layouts
+    for name, layout in layouts.items():
+        if layout.world_size != dist.get_world_size() or name not in chosen:
             continue
         mpu.initialize_model_parallel(layout.tp, layout.pp, layout.vpp if layout.vpp > 1 else None)
         model_parallel_cuda_manual_seed(1)
-        for family in FAMILIES:
+        for family in families:
             run = train(family, layout)
             if dist.get_rank() == 0:
                 save_file(run, directory / f"{family}.{name}.safetensors")

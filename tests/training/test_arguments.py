@@ -57,6 +57,27 @@ def test_padding_of_the_vocabulary(parse: Parse, vocabulary: int, tp: int, padde
     assert args.padded_vocab_size == padded
 
 
+OPTIONS = {
+    "--attention-gate": "attention_gate", "--differential-attention": "differential_attention",
+    "--attention-output-bias": "attention_output_bias", "--linear-bias": "linear_bias",
+    "--qk-layernorm": "qk_norm", "--add-qkv-bias": "qkv_bias",
+}  # fmt: skip
+
+
+def test_options_of_the_layers(parse: Parse) -> None:
+    """Ours and Megatron's: the family's unless given, and the same in Megatron's config as in the architecture."""
+    for given in ([], list(OPTIONS)[:3], list(OPTIONS)):
+        args = parse(*D16, *given)
+        assert [name for name in OPTIONS.values() if getattr(args.architecture, name)] == [OPTIONS[o] for o in given]
+        assert (args.qk_layernorm, args.add_qkv_bias) == (args.architecture.qk_norm, args.architecture.qkv_bias)
+        global_vars.unset_global_variables()
+    args = parse("--train-model", "phi4miniflash", "--depth", "32")
+    assert (args.normalization, args.add_qkv_bias, args.qk_layernorm) == ("LayerNorm", True, False)
+    global_vars.unset_global_variables()
+    args = parse("--train-model", "transformer", "--depth", "16", "--attention-sink", "--normalization", "LayerNorm")
+    assert args.architecture.attention_sink and args.normalization == args.architecture.normalization == "LayerNorm"
+
+
 def test_agreeing_megatron_flags_are_accepted(parse: Parse) -> None:
     args = parse(*D16, "--hidden-size", "1984", "--num-layers", "16", "--group-query-attention", "--swiglu")
     assert args.num_layers == 32
@@ -101,6 +122,9 @@ REFUSED = [
     ([*D16, "--num-layers", "12"], "--num-layers 12 contradicts"),
     ([*D16, "--window-size", "1,0"], r"--window-size \(1, 0\) contradicts"),
     ([*D16, "--num-experts", "8"], "--num-experts 8 contradicts"),
+    ([*D16, "--attention-sink"], "--attention-sink: a sink is for full attention; sambay has windows"),
+    ([*D16[:3], "12", "--differential-attention"], "pairs .* 3 is odd; give an even .*depths 8, 16, 24, 32"),
+    ([*D16, "--qk-l2-norm"], "--qk-l2-norm True contradicts"),
     ([*D16, "--rotary-base", "5000"], "sambay has no position embeddings"),
     ([*D16, "--position-embedding-type", "yarn"], "--position-embedding-type yarn: use rope or none"),
     ([*D16, "--context-parallel-size", "2"], "--context-parallel-size 2 contradicts"),
