@@ -13,7 +13,10 @@ from archscale_megatron.generate import DEFAULT_NEW_TOKENS, GenerateError, gener
 from tests.data.models import train_sentencepiece
 from tests.launch import ROOT, torchrun
 
-MODEL = "--train-model sambay --depth 8 --aspect-ratio 8 --head-dim 8 --local-window 8 --vocab-size 2000"
+MODEL = (
+    "--train-model sambay --depth 8 --aspect-ratio 8 --head-dim 8 --num-heads 8 --num-kv-heads 4 --local-window 8 "
+    "--vocab-size 2000 --differential-attention --qk-layernorm --add-qkv-bias --normalization LayerNorm"
+)
 TWO_STEPS = (
     "--seq-length 32 --micro-batch-size 2 --global-batch-size 4 --train-iters 2 --save-interval 2 --lr 1e-2 "
     "--lr-warmup-iters 1 --eval-iters 0 --eval-interval 10 --use-distributed-optimizer"

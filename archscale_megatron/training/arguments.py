@@ -50,7 +50,7 @@ RECOMPUTE_MODULES = {"core_attn"}
 CHUNKED_ABOVE = 100_000  # entries of the vocabulary, as in ArchScale
 # Options of Megatron's that reach its output layer and loss alone, which the chunked loss goes without.
 PLAIN_LOSS_ONLY = ("cross_entropy_loss_fusion", "defer_embedding_wgrad_compute", "tensor_parallel_num_weight_shards")
-# Our flags, and those of Megatron's, that change what a family has: attribute -> field of `Options`.
+# Flags of ours that change what a family has: field of `Options` -> help.
 OUR_OPTIONS = {
     "differential_attention": "differences of pairs of attention maps",
     "attention_gate": "gate each attention head",
@@ -58,6 +58,7 @@ OUR_OPTIONS = {
     "attention_output_bias": "bias of the attention's output projection",
     "linear_bias": "biases of the projections of MLPs and GMUs",
 }
+# The same of Megatron's: attribute -> field of `Options`.
 MEGATRON_OPTIONS = {"normalization": "normalization", "qk_layernorm": "qk_norm", "add_qkv_bias": "qkv_bias"}
 
 

@@ -215,18 +215,21 @@ def test_wrong_arguments_are_refused() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("heads", [(8, 2, 64, 64), (8, 2, 64, 128)])
-@pytest.mark.parametrize("window", [None, 1, 50])
+@pytest.mark.parametrize(("window", "with_sink"), [(None, False), (None, True), (1, False), (50, False)])
 @pytest.mark.parametrize("with_documents", [False, True])
-def test_flash_attn_equals_torch(heads, window, with_documents) -> None:
+def test_flash_attn_equals_torch(heads, window, with_sink, with_documents) -> None:
     pytest.importorskip("flash_attn")
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     leaves, grad = inputs(200, 2, *heads, torch.bfloat16, "cuda")
     starts = two_rows_of_documents(200).cuda() if with_documents else None
+    if with_sink:
+        leaves.append(torch.linspace(-2, 3, heads[0], dtype=torch.bfloat16, device="cuda").requires_grad_())
     exact = [x.detach().float().requires_grad_() for x in leaves]  # fp32: the torch path
     results = []
     for given in (leaves, exact):
-        out = attention(*given, softmax_scale=0.125, window=window, document_starts=starts)
+        sink = given[3] if with_sink else None
+        out = attention(*given[:3], softmax_scale=0.125, window=window, document_starts=starts, sink=sink)
         results.append([out, *torch.autograd.grad(out, given, grad.to(out.dtype))])
     for a, e in zip(*results, strict=True):
         assert difference(a, e.double()) < 2e-2
