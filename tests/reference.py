@@ -11,6 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tests.reference_scans import gated_delta_net, mamba1, mamba2, silu
+
+SCANS = {"mambay2": mamba2, "sambay2": mamba2, "gdny": gated_delta_net, "sgdny": gated_delta_net}
+"""What "mamba" is in a family, if not Mamba-1."""
+
 MISTAKES = {
     "transformer": (
         "gate and up swapped", "heads interleaved over key-value heads", "norm epsilon 1e-4", "RoPE interleaved",
@@ -39,6 +44,16 @@ MISTAKES = {
     "sambayattn": ("memory of the wrong layer", "window one too large", "RoPE added"),
     "sambayattnall": ("memory of the wrong layer", "window one too large", "RoPE added"),
     "sambaymlp": ("memory of the wrong layer", "memory is the gate", "keys and values of the wrong layer"),
+    "sambay2": (
+        "memory of the wrong layer", "memory after the norm", "memory without D x", "B and C swapped",
+        "norm before gate", "z and x swapped", "gated memory not normed", "no step size bias",
+    ),
+    "mambay2": ("memory of the wrong layer", "gated memory not normed"),
+    "sgdny": (
+        "memory of the wrong layer", "memory after the norm", "beta at most 1", "queries and keys swapped",
+        "keys not normed", "norm before gate", "norm of each head", "decay after the update", "no step size bias",
+    ),
+    "gdny": ("memory of the wrong layer", "gated memory not normed"),
     "transformersa": ("no sink", "sink of the next head"),
     "transformerga": ("gate of the next head", "gate without the sigmoid", "gate of the queries"),
     "sambayda": (
@@ -89,7 +104,7 @@ class Reference:
                 kinds.append("full")
             elif self.family == "swayoco" and i <= half:
                 kinds.append("window")
-            elif self.family == "mamba" or (self.family == "mambay" and i < half):
+            elif self.family == "mamba" or (self.family in ("mambay", "mambay2", "gdny") and i < half):
                 kinds.append("mamba")
             elif self.family == "samba" or i < half:
                 kinds.append("mamba" if even else "window")
@@ -121,10 +136,12 @@ class Reference:
             p = _layer(parameters, 2 * i)
             u = self._norm(x, p, "norm")
             if kind == "mamba":
-                out, memories["mamba", i] = self._mamba(u, p)
+                out, memories["mamba", i] = SCANS.get(self.family, mamba1)(u, p, self.mistake)
             elif kind == "gmu":
-                gate = _silu(self._linear(u, p, "in_proj"))
-                out = self._linear(gate * memories[source, memory_layer], p, "out_proj")
+                gated = silu(self._linear(u, p, "in_proj")) * memories[source, memory_layer]
+                if self.family in SCANS and self.mistake != "gated memory not normed":
+                    gated = self._norm(gated, p, "mixer.norm")
+                out = self._linear(gated, p, "out_proj")
             else:
                 if kind == "cross":
                     query = self._linear(u, p, "linear_q").unflatten(-1, (self.num_heads, -1))
@@ -163,7 +180,7 @@ class Reference:
         gate, up = self._linear(x, p, "linear_fc1").chunk(2, -1)
         if self.mistake == "gate and up swapped":
             gate, up = up, gate
-        return self._linear(_silu(gate) * up, p, "linear_fc2"), gate, up
+        return self._linear(silu(gate) * up, p, "linear_fc2"), gate, up
 
     def _query_key_value(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The channels of `x`, for each key-value head: its queries' heads, its key, its value."""
@@ -278,47 +295,6 @@ class Reference:
             out += [y[..., 0::2], y[..., 1::2]] if self.mistake == "heads of a pair mixed" else y.chunk(2, -1)
         return torch.stack(out, 2)
 
-    def _mamba(self, u: Tensor, p: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """u [b, s, w] -> the mixer's output [b, s, w], and the memory [b, s, d_inner]."""
-        x, z = (u @ half.T for half in p["mixer.in_proj.weight"].chunk(2))
-        if self.mistake == "x and z swapped":
-            x, z = z, x
-        x = self._conv(x, p["mixer.conv1d.weight"], p["mixer.conv1d.bias"])
-
-        n, rank = p["mixer.A_log"].shape[1], p["mixer.dt_proj.weight"].shape[1]
-        steps, B, C = (x @ p["mixer.x_proj.weight"].T).split([rank, n, n], -1)
-        if self.mistake == "B and C swapped":
-            B, C = C, B
-        steps = steps @ p["mixer.dt_proj.weight"].T
-        if self.mistake != "no step size bias":
-            steps = steps + p["mixer.dt_proj.bias"]
-        delta = torch.log(1 + torch.exp(steps))
-
-        A, D = -torch.exp(p["mixer.A_log"]), p["mixer.D"]
-        h, scanned = x.new_zeros(*x[:, 0].shape, n), []
-        for t in range(x.shape[1]):
-            decay = torch.exp(delta[:, t, :, None] * A)
-            h = decay * h + (delta[:, t] * x[:, t])[..., None] * B[:, t, None]
-            scanned.append((h * C[:, t, None]).sum(-1))
-        scan = torch.stack(scanned, 1)
-        y = scan + D * x
-        gated = y * _silu(z)
-        memory = {"memory after the gate": gated, "memory without D x": scan}.get(self.mistake or "", y)
-        return gated @ p["mixer.out_proj.weight"].T, memory
-
-    def _conv(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """silu of the causal depthwise convolution; the last tap is the current token's."""
-        taps = weight.shape[-1]
-        late = 1 if self.mistake == "conv shifted by one" else 0
-        out = []
-        for t in range(x.shape[1]):
-            y = bias.expand_as(x[:, t])
-            for j in range(taps):
-                if t - j - late >= 0:
-                    y = y + weight[:, 0, taps - 1 - j] * x[:, t - j - late]
-            out.append(_silu(y))
-        return torch.stack(out, 1)
-
 
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross entropy: logits [b, s, vocabulary], labels [b, s] -> [b, s]."""
@@ -328,7 +304,3 @@ def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
 def _layer(parameters: dict[str, Tensor], number: int) -> dict[str, Tensor]:
     prefix = f"decoder.layers.{number}."
     return {name.removeprefix(prefix): p for name, p in parameters.items() if name.startswith(prefix)}
-
-
-def _silu(x: Tensor) -> Tensor:
-    return x / (1 + torch.exp(-x))

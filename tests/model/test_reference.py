@@ -1,5 +1,6 @@
 """Whole models against `tests/reference.py` in float64: losses, logits, and the gradient of every parameter."""
 
+import dataclasses
 import functools
 import math
 from dataclasses import dataclass
@@ -29,13 +30,16 @@ WITH_OPTIONS = {
     },
 }  # fmt: skip
 MODELS = (*FAMILIES, *WITH_OPTIONS)
+Outputs = tuple[Tensor, Tensor, dict[str, Tensor]]  # logits, losses, gradients
 BATCH, SEQUENCE = 2, 37  # several windows, and a multiple of nothing
 
-# Errors in the largest value of a tensor. Where many scans follow each other, roundings of 6e-8 grow to more than this
-# in a gradient; then it may be off by no more than twice what the reference itself is, run in fp32.
+# Errors in the largest value of a tensor. Where many scans follow each other, roundings of 6e-8 grow to more than this;
+# then a model may be off by no more than three times what the reference itself is, run in fp32.
 FP32 = 1e-5
-# Root mean square error in that of the tensor: bf16 rounds by up to 4e-3, and 2.4e-2 was the worst.
-BF16 = 5e-2
+ROUNDINGS = 3
+# Root mean square errors: bf16 rounds each activation by up to 2^-9 of it. To round the parameters alone so, in
+# float64, makes about two thirds of the difference that bf16 does.
+BF16 = 2
 NOTICED = 5e-3  # what a mistake changes at least, in the largest value; the least of them changes 7e-2
 
 
@@ -44,10 +48,12 @@ def architecture(model: str, tied: bool = True) -> Architecture:
     family = model.split()[0]
     own = family.startswith("transformer_")  # which are about their numbers of heads
     heads = {} if own else {"num_heads": 8, "num_kv_heads": 4}
-    return build_architecture(
+    arch = build_architecture(
         family, 8, aspect_ratio=5, head_dim=8, local_window=5, context_length=18, vocab_size=96,
         tied_embeddings=tied, **heads, **WITH_OPTIONS.get(model, {}),
     )  # fmt: skip
+    # 8 heads of 10 channels, 4 heads with keys of 8
+    return dataclasses.replace(arch, mamba2_head_dim=10, mamba2_state_size=6, gdn_head_dim=8)
 
 
 def reference_for(arch: Architecture, mistake: str | None = None) -> Reference:
@@ -70,7 +76,7 @@ def randomise(model: HybridModel) -> None:
             values = 1 + 0.3 * normal
         elif name.endswith("A_log"):
             values = (0.5 + 15.5 * uniform).log()
-        elif name.endswith("dt_proj.bias"):  # steps of 1e-3 to 0.1
+        elif name.endswith(("dt_proj.bias", "dt_bias")):  # steps of 1e-3 to 0.1
             values = (uniform * math.log(100) + math.log(1e-3)).exp().expm1().log()
         elif ".conv1d." in name:
             values = 0.5 * normal
@@ -92,7 +98,7 @@ def batch() -> tuple[Tensor, Tensor, Tensor]:
     return tokens[:, :-1], tokens[:, 1:], torch.rand(BATCH, SEQUENCE, generator=generator)
 
 
-def run(model: HybridModel) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def run(model: HybridModel) -> Outputs:
     """logits [b, s, vocabulary], losses [b, s] and the gradients of the weighted loss."""
     tokens, labels, weights = (x.cuda() for x in batch())
     positions = torch.arange(SEQUENCE, device=tokens.device).expand_as(tokens)
@@ -109,9 +115,9 @@ class Comparison:
     """What a model computes, and what the reference does with the same parameters."""
 
     model: HybridModel
-    got: tuple[Tensor, Tensor, dict[str, Tensor]]
+    got: Outputs
     parameters: dict[str, Tensor]
-    expected: tuple[Tensor, Tensor, dict[str, Tensor]]
+    expected: Outputs
 
 
 @functools.cache
@@ -121,17 +127,16 @@ def comparison(family: str, tied: bool = True, dtype: torch.dtype = torch.float3
     randomise(model)
     got = run(model)
     parameters = {name: p.detach().double().cpu().requires_grad_() for name, p in model.named_parameters()}
-    with torch.no_grad():
-        logits = reference_for(arch).logits(parameters, batch()[0])
-    gradients = reference_gradients(arch, parameters)
-    return Comparison(model, got, parameters, (logits, token_losses(logits, batch()[1]), gradients))
+    return Comparison(model, got, parameters, reference_run(arch, parameters))
 
 
-def reference_gradients(arch: Architecture, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
-    """In the parameters' own precision."""
+def reference_run(arch: Architecture, parameters: dict[str, Tensor]) -> Outputs:
+    """As `run`, in the parameters' own precision."""
     tokens, labels, weights = batch()
-    (token_losses(reference_for(arch).logits(parameters, tokens), labels) * weights).sum().backward()
-    return {name: p.grad for name, p in parameters.items()}
+    logits = reference_for(arch).logits(parameters, tokens)
+    losses = token_losses(logits, labels)
+    (losses * weights).sum().backward()
+    return logits.detach(), losses.detach(), {name: p.grad for name, p in parameters.items()}
 
 
 def error(got: Tensor, expected: Tensor) -> float:
@@ -139,19 +144,22 @@ def error(got: Tensor, expected: Tensor) -> float:
     return ((got.double().cpu() - expected).abs().max() / expected.abs().max()).item()
 
 
+def errors(got: Outputs, expected: Outputs) -> tuple[float, float, float]:
+    """Of the logits, of the losses, and of the worst gradient."""
+    gradients = max(error(got[2][name], gradient) for name, gradient in expected[2].items())
+    return error(got[0], expected[0]), error(got[1], expected[1]), gradients
+
+
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("family", MODELS)
 def test_model_is_the_reference(family: str, tied: bool) -> None:
     c = comparison(family, tied)
-    (logits, losses, gradients), (ref_logits, ref_losses, ref_gradients) = c.got, c.expected
     assert ("output_layer.weight" in c.parameters) is not tied
-    assert error(logits, ref_logits) < FP32
-    assert error(losses, ref_losses) < FP32
-    worst = max(error(gradients[name], ref_gradients[name]) for name in ref_gradients)
-    if worst >= FP32:
+    found = errors(c.got, c.expected)
+    if max(found) >= FP32:
         fp32 = {name: p.detach().float().requires_grad_() for name, p in c.parameters.items()}
-        rounded = reference_gradients(architecture(family, tied), fp32)
-        assert worst < 2 * max(error(rounded[name], ref_gradients[name]) for name in ref_gradients)
+        rounded = errors(reference_run(architecture(family, tied), fp32), c.expected)
+        assert all(ours < max(FP32, ROUNDINGS * theirs) for ours, theirs in zip(found, rounded, strict=True))
 
 
 @pytest.mark.parametrize(("family", "mistake"), [(f, m) for f in MODELS for m in MISTAKES[f]])
@@ -233,12 +241,17 @@ def test_bf16(family: str) -> None:
     # Nor are they bf16 values in disguise: most of a sum's low bits are not zero.
     assert all((stream.bfloat16().float() != stream).float().mean() > 0.5 for stream in streams)
     for name, parameter in model.named_parameters():
-        fp32 = name.endswith(("A_log", "mixer.D", "dt_proj.bias"))
+        fp32 = name.endswith(("A_log", "mixer.D", "dt_proj.bias", "dt_bias"))
         assert parameter.dtype == (torch.float32 if fp32 else torch.bfloat16), name
         assert torch.equal(parameter.detach().double().cpu(), c.parameters[name]), name  # the cast kept them
     assert torch.equal(logits, c.got[0])
-    for got, expected in zip(c.got[:2], c.expected[:2], strict=True):
-        assert (got.double().cpu() - expected).norm() / expected.norm() < BF16
+    generator = torch.Generator().manual_seed(13)
+    moves = (torch.empty_like(p).uniform_(-(2**-9), 2**-9, generator=generator) for p in c.parameters.values())
+    with torch.no_grad():
+        moved = {name: p * (1 + move) for (name, p), move in zip(c.parameters.items(), moves, strict=True)}
+        moved_logits = reference_for(architecture(family)).logits(moved, batch()[0])
+    bound = BF16 * (moved_logits - c.expected[0]).norm()
+    assert (c.got[0].double().cpu() - c.expected[0]).norm() < bound
 
 
 def test_bf16_norm_takes_the_stream_unrounded() -> None:
