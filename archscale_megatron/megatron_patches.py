@@ -23,6 +23,7 @@ def apply() -> None:
         _allow_no_cuda()
         _data_loader_with_own_generator()
         _save_copies_of_tensors()
+        _sizes_of_an_all_to_all()
     _skip_compiled_helpers()
     _adam_without_fused_libraries()
     _fp32_parameters_first()
@@ -86,6 +87,23 @@ def _save_copies_of_tensors() -> None:
         ]
 
     FileSystemWriterAsync.prepare_write_data = prepare_write_data
+
+
+def _sizes_of_an_all_to_all() -> None:
+    """How many tokens go to each expert-parallel rank becomes an array only where it is moved from a GPU; a tensor is
+    not what an all-to-all takes.
+
+    core/transformer/moe/moe_utils.py:1169 (`maybe_move_tensor_to_cpu`, used in token_dispatcher.py:927). CPU only.
+    """
+    from megatron.core.transformer.moe import token_dispatcher
+
+    original = token_dispatcher.maybe_move_tensor_to_cpu
+
+    def maybe_move_tensor_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        moved = original(tensor, as_numpy, record_stream)
+        return moved.numpy() if as_numpy and hasattr(moved, "numpy") else moved
+
+    token_dispatcher.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu
 
 
 def _skip_compiled_helpers() -> None:

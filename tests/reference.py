@@ -73,6 +73,8 @@ MISTAKES = {
         "queries not normed", "cross queries normed", "no bias of in_proj", "no bias of out_proj",
         "pairs of distant values", "gate of the next head", "memory before the attention's gate",
     ),
+    "transformer_gqa4_h2_moe": ("gate and up swapped", "softmax before top-k", "one expert too few", "weights squared"),
+    "sambay_gqa4_moe": ("softmax before top-k", "weights squared", "shared expert not scaled", "no shared expert"),
 }  # fmt: skip
 """Model -> single mistakes that its `Reference` can be told to make."""
 
@@ -92,6 +94,8 @@ class Reference:
     full_window: int | None
     rotary_base: float | None
     mistake: str | None = None
+    experts_per_token: int = 0
+    sqrt_gate: bool = False
 
     def mixers(self) -> list[str]:
         """The mixer of each layer."""
@@ -176,7 +180,10 @@ class Reference:
         return x if bias is None or self.mistake == f"no bias of {name}" else x + bias
 
     def _mlp(self, x: Tensor, p: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """The output, the gate before silu, and the up branch."""
+        """The output, the gate before silu, and the up branch; of experts, the output thrice."""
+        if "mixer.router.weight" in p:
+            output = experts(x, p, self.experts_per_token, self.sqrt_gate, self.mistake)[0]
+            return output, output, output
         gate, up = self._linear(x, p, "linear_fc1").chunk(2, -1)
         if self.mistake == "gate and up swapped":
             gate, up = up, gate
@@ -294,6 +301,51 @@ class Reference:
                 y = y * (1 - start)
             out += [y[..., 0::2], y[..., 1::2]] if self.mistake == "heads of a pair mixed" else y.chunk(2, -1)
         return torch.stack(out, 2)
+
+
+def swiglu(x: Tensor, p: dict[str, Tensor], prefix: str, mistake: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """The output, the gate before silu, and the up branch."""
+    gate, up = (x @ half.T for half in p[f"{prefix}linear_fc1.weight"].chunk(2))
+    if mistake == "gate and up swapped":
+        gate, up = up, gate
+    return (_silu(gate) * up) @ p[f"{prefix}linear_fc2.weight"].T, gate, up
+
+
+def experts(
+    x: Tensor, p: dict[str, Tensor], per_token: int, sqrt_gate: bool, mistake: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """x [..., w] -> the output of routed and shared experts [..., w], and the load-balancing loss, of coefficient 1.
+
+    Token by token (Shazeer et al. arXiv 1701.06538; Switch arXiv 2101.03961; SqrtGate arXiv 2603.28743).
+    """
+    router = p["mixer.router.weight"]
+    number, outputs = len(router), []
+    probability, chosen = torch.zeros_like(router[:, 0]), [0] * number
+    for token in x.reshape(-1, x.shape[-1]):
+        logits = router @ token
+        probability = probability + logits.exp() / logits.exp().sum()
+        best = sorted(range(number), key=lambda i: -logits[i].item())[:per_token]
+        for i in best:
+            chosen[i] += 1
+        if mistake == "one expert too few":
+            best = best[:-1]
+        normalizer = logits.exp().sum() if mistake == "softmax before top-k" else sum(logits[i].exp() for i in best)
+        output = torch.zeros_like(token)
+        for i in best:
+            weight = logits[i].exp() / normalizer
+            if mistake == "weights squared":
+                weight = weight * weight
+            if sqrt_gate:
+                weight = weight.sqrt()
+            output = output + weight * swiglu(token, p, f"mixer.experts.local_experts.{i}.", mistake)[0]
+        if "mixer.shared_experts.linear_fc1.weight" in p and mistake != "no shared expert":
+            half = math.sqrt(0.5) if sqrt_gate else 1.0
+            scale = 1.0 if mistake == "shared expert not scaled" else half
+            output = half * output + scale * swiglu(token, p, "mixer.shared_experts.", mistake)[0]
+        outputs.append(output)
+    tokens = len(outputs)
+    balance = number * sum(probability[i] / tokens * (chosen[i] / (tokens * per_token)) for i in range(number))
+    return torch.stack(outputs).view_as(x), balance
 
 
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import sys
 import tempfile
 from argparse import Namespace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -44,6 +45,14 @@ GUARDED = {
             "core/dist_checkpointing/strategies/filesystem_async.py",
             "FileSystemWriterAsync.preload_tensors",
             "980b662270ce",
+        ),
+    ],
+    "_sizes_of_an_all_to_all": [
+        ("core/transformer/moe/moe_utils.py", "maybe_move_tensor_to_cpu", "47a1092f05ba"),
+        (
+            "core/transformer/moe/token_dispatcher.py",
+            "MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize",
+            "4655a7033d8d",
         ),
     ],
     "_skip_compiled_helpers": [("core/datasets/utils.py", "compile_helpers", "02c160f0fa9c")],
@@ -199,6 +208,27 @@ def check_synchronous_save_without_manager() -> None:
     assert filesystem_async.get_write_results_queue is get_queue
     with tempfile.TemporaryDirectory() as folder, pytest.raises(ChildProcessError):
         save_weight(torch.arange(8.0), folder, asynchronous=True)  # keeps its manager
+
+
+def check_sizes_of_an_all_to_all() -> None:
+    from megatron.core.transformer.moe import token_dispatcher
+
+    from archscale_megatron import megatron_patches
+
+    initialize_distributed()
+    group = torch.distributed.group.WORLD
+
+    def exchange() -> torch.Tensor:
+        sizes = token_dispatcher.maybe_move_tensor_to_cpu(torch.tensor([3]), as_numpy=True)
+        return token_dispatcher.all_to_all(group, torch.arange(3.0), sizes, sizes)
+
+    group_of_two = mock.patch.object(type(group), "size", lambda self: 2)  # of one, nothing is sent
+    with group_of_two, pytest.raises(TypeError, match="incompatible function arguments"):
+        exchange()
+    megatron_patches._sizes_of_an_all_to_all()
+    with group_of_two:
+        assert torch.equal(exchange(), torch.arange(3.0))
+    assert isinstance(token_dispatcher.maybe_move_tensor_to_cpu(torch.tensor([3])), torch.Tensor)
 
 
 def check_skip_compiled_helpers() -> None:

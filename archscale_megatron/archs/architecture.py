@@ -121,8 +121,11 @@ class Architecture(Options):
                 f"{model}: differential attention pairs key-value heads, and {kv_heads} is odd; give an even "
                 "--num-kv-heads"
             )
-        if self.shared_expert and self.top_k < 2:
-            raise ValueError(f"{model}: a shared expert is one of at least two; give --top-k of 2 or more")
+        if self.top_k and self.experts_per_token < 2:
+            raise ValueError(
+                f"{model}: --top-k {self.top_k} routes a token to {self.experts_per_token} experts; the weight of a "
+                f"single one is always 1 and teaches the router nothing: give --top-k {2 + self.shared_expert} or more"
+            )
         if self.top_k and self.ffn_hidden_size % self.top_k:
             raise ValueError(
                 f"{model}: {self.top_k} experts cannot share {self.ffn_hidden_size} MLP channels; "

@@ -10,6 +10,9 @@ from typing import Any
 from archscale_megatron.archs.architecture import MOE, WINDOW_ATTENTION, Architecture, Options
 from archscale_megatron.archs.families import FAMILIES, Family
 
+EXPERT_OPTIONS = ("sparsity", "top_k", "shared_expert", "sqrt_gate")
+"""Those of `Options` that only families with experts have."""
+
 
 def build_architecture(
     family: str,
@@ -51,15 +54,18 @@ def build_architecture(
         "local-window": local_window,
         "vocab-size": vocab_size,
         "sparsity": chosen.sparsity,
+        "top-k": chosen.top_k if MOE in chosen.pattern else None,
     }
     for name, value in numbers.items():
         if value is not None and value < 1:
             raise ValueError(f"--{name} {value}: must be a positive integer")
     if rotary_base is not None and not chosen.rope:
         raise ValueError(f"--rotary-base {rotary_base}: {family} has no position embeddings; leave it out")
-    if (MOE in chosen.pattern) != (chosen.top_k > 0):
-        known = ", ".join(name for name, f in FAMILIES.items() if f(8).top_k)
-        raise ValueError(f"--top-k {chosen.top_k}: experts are for the families that have them ({known}), 1 or more")
+    if MOE not in chosen.pattern and (given := [name for name in EXPERT_OPTIONS if options.get(name) is not None]):
+        known = ", ".join(name for name, f in FAMILIES.items() if MOE in f(8).pattern)
+        raise ValueError(f"--{given[0].replace('_', '-')}: {family} has no experts; leave it out, or use {known}")
+    if MOE in chosen.pattern and chosen.linear_bias:
+        raise ValueError(f"--linear-bias: the experts of {family} have no biases; leave it out")
     if chosen.attention_sink and (
         chosen.differential_attention or chosen.half_window or WINDOW_ATTENTION in chosen.pattern
     ):

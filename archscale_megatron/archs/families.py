@@ -184,5 +184,6 @@ FAMILIES: dict[str, Callable[[int], Family]] = {
         transformer, transformer_mha, transformer_gqa4, transformer_gqa4_h2, transformerls, transformersa,
         transformerga, mamba, samba, sambay, sambayda, sambayw, sambaywr, sambay2, sgdny, mambay, mambay2, gdny,
         sambayattn, sambayattnall, sambaymlp, sambayoco, swayoco, phi4miniflash,
+        transformer_gqa4_h2_moe, sambay_gqa4_moe,
     )
 }  # fmt: skip

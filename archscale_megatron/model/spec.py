@@ -13,6 +13,7 @@ from archscale_megatron.archs.architecture import (
     MAMBA1,
     MAMBA2,
     MLP,
+    MOE,
     WINDOW_ATTENTION,
     Architecture,
 )
@@ -24,6 +25,7 @@ from archscale_megatron.layers.hybrid_layer import HybridLayer, HybridLayerSubmo
 from archscale_megatron.layers.mamba1 import mamba1_spec
 from archscale_megatron.layers.mamba2 import mamba2_spec
 from archscale_megatron.layers.mlp import mlp_spec
+from archscale_megatron.layers.moe import moe_spec
 from archscale_megatron.layers.norm import norm_class
 from archscale_megatron.model.config import HybridConfig
 from archscale_megatron.model.language_model import HybridLanguageModel
@@ -44,6 +46,7 @@ def stack_spec(config: HybridConfig) -> ModuleSpec:
         GMU: gmu_spec(backend, arch.memory_size, arch.normalizes_memory, arch.linear_bias),
         CROSS_ATTENTION: cross_attention_spec(backend, arch.full_window, arch),
         MLP: mlp_spec(backend, arch.linear_bias),
+        MOE: moe_spec(backend, arch, config.moe_grouped_gemm),
     }
     layers = {
         symbol: ModuleSpec(module=HybridLayer, submodules=HybridLayerSubmodules(norm=norm_class(config), mixer=mixer))

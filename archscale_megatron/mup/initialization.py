@@ -17,7 +17,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,16 +31,29 @@ from archscale_megatron.archs.architecture import MAMBA1, MAMBA2, Architecture
 LAST_PROJECTIONS = ("out_proj.weight", "linear_proj.weight", "linear_fc2.weight")
 # Rows of vocabulary-sized parameters are drawn in blocks, so that padding does not change the others.
 VOCABULARY_BLOCK = 64
+EXPERT = re.compile(
+    r"(?P<experts>.*\.experts\.)(?:local_experts\.(?P<sequential>\d+)\.)?(?P<weight>linear_fc[12]\.weight)(?P<grouped>\d*)"
+)
+"""What Megatron names an expert's weight on one rank: `experts.local_experts.3.linear_fc1.weight`, or
+`experts.linear_fc1.weight3` of a grouped product."""
 
 
 def named_global_parameters(model: Any) -> Iterator[tuple[str, Any]]:
-    """Parameters with layers numbered as in the whole model; tied output weights are the embedding."""
+    """Parameters with layers and experts numbered as in the whole model; tied output weights are the embedding.
+
+    The experts of a grouped matrix product are named as those of a sequence of MLPs.
+    """
     layers = {f"decoder.layers.{i}.": layer.layer_number - 1 for i, layer in enumerate(model.decoder.layers)}
     for name, parameter in model.named_parameters():
         for prefix, number in layers.items():
             if name.startswith(prefix):
                 name = f"decoder.layers.{number}.{name.removeprefix(prefix)}"
                 break
+        if match := EXPERT.fullmatch(name):
+            experts = model.config.num_moe_experts // parallel_state.get_expert_model_parallel_world_size()
+            first = experts * parallel_state.get_expert_model_parallel_rank()
+            number = first + int(match["sequential"] or match["grouped"])
+            name = f"{match['experts']}local_experts.{number}.{match['weight']}"
         if name == "output_layer.weight" and model.share_embeddings_and_output_weights:
             name = "embedding.word_embeddings.weight"
         yield name, parameter
@@ -50,13 +65,13 @@ def initialize_parameters(model: nn.Module, arch: Architecture, seed: int) -> No
     for name, parameter in named_global_parameters(model):
         digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
         generator = torch.Generator(device=parameter.device).manual_seed(int.from_bytes(digest[:7]))
-        size, rank = _partition(parameter)
+        split = partition_of(name, parameter)
         shape = list(parameter.shape)
-        if size > 1:
-            shape[parameter.partition_dim] *= size
+        if split:
+            shape[split.dim] *= split.size
         values = initial_values(name, tuple(shape), arch, generator)
-        if size > 1:
-            values = partition(values, parameter.partition_dim, blocks_of(parameter, size), size, rank)
+        if split:
+            values = partition(values, split.dim, split.blocks, split.size, split.rank)
         parameter.copy_(values)
 
 
@@ -105,10 +120,24 @@ def partition(values: Tensor, dim: int, blocks: tuple[int, ...], size: int, rank
     return torch.cat([block.chunk(size, dim)[rank] for block in values.split(blocks, dim)], dim)
 
 
-def _partition(parameter: nn.Parameter) -> tuple[int, int]:
+@dataclass(frozen=True)
+class Partition:
+    """Which part of a whole parameter this rank holds: that of `rank` of `size`, of the `blocks` along `dim`."""
+
+    dim: int
+    blocks: tuple[int, ...]
+    size: int
+    rank: int
+
+
+def partition_of(name: str, parameter: Any) -> Partition | None:
+    """This rank's part of the parameter `name` (as `named_global_parameters` names it); None is all of it."""
     if not getattr(parameter, "tensor_model_parallel", False):
-        return 1, 0
-    return (
-        parallel_state.get_tensor_model_parallel_world_size(),
-        parallel_state.get_tensor_model_parallel_rank(),
-    )
+        return None
+    if ".experts." in name:
+        size = parallel_state.get_expert_tensor_parallel_world_size()
+        rank = parallel_state.get_expert_tensor_parallel_rank()
+    else:
+        size = parallel_state.get_tensor_model_parallel_world_size()
+        rank = parallel_state.get_tensor_model_parallel_rank()
+    return Partition(parameter.partition_dim, blocks_of(parameter, size), size, rank)

@@ -15,11 +15,18 @@ from typing import Any
 from megatron.core.transformer.enums import AttnBackend
 
 from archscale_megatron import cpu
-from archscale_megatron.archs.architecture import PIPE, Architecture
-from archscale_megatron.archs.build import build_architecture
+from archscale_megatron.archs.architecture import MOE, PIPE, Architecture
+from archscale_megatron.archs.build import EXPERT_OPTIONS, build_architecture
 from archscale_megatron.archs.families import FAMILIES
 from archscale_megatron.layers.backend import backend_for
 from archscale_megatron.model.pipeline import split_by_compute
+from archscale_megatron.training.experts import (
+    EXPERT_RECOMPUTE_MODULES,
+    FIXED_EXPERTS,
+    add_expert_arguments,
+    expert_dimensions,
+    set_experts,
+)
 
 VOCABULARY_MULTIPLE = 64  # ArchScale's padding
 
@@ -32,7 +39,7 @@ FIXED: dict[str, Any] = {
     "qk_l2_norm": False, "qk_clip": False, "attention_output_gate": False,
     "multi_latent_attention": False,
     "softmax_type": "vanilla", "apply_query_key_layer_scaling": False, "window_size": None,
-    "window_attn_skip_freq": None, "attention_backend": AttnBackend.auto, "num_experts": None, "mtp_num_layers": None,
+    "window_attn_skip_freq": None, "attention_backend": AttnBackend.auto, "mtp_num_layers": None,
     "experimental_attention_variant": None, "heterogeneous_layers_config_path": None, "spec": None,
     "hybrid_override_pattern": None, "rotary_percent": 1.0, "rotary_interleaved": False, "no_rope_freq": None,
     "rotary_seq_len_interpolation_factor": None, "use_rope_scaling": False, "fp16_lm_cross_entropy": False,
@@ -45,8 +52,9 @@ FIXED: dict[str, Any] = {
     # data
     "reset_position_ids": False, "reset_attention_mask": False, "dataloader_inter_document_masking": False,
     "sft": False,
+    **FIXED_EXPERTS,
 }  # fmt: skip
-RECOMPUTE_MODULES = {"core_attn"}
+RECOMPUTE_MODULES = ["core_attn"]
 CHUNKED_ABOVE = 100_000  # entries of the vocabulary, as in ArchScale
 # Options of Megatron's that reach its output layer and loss alone, which the chunked loss goes without.
 PLAIN_LOSS_ONLY = ("cross_entropy_loss_fusion", "defer_embedding_wgrad_compute", "tensor_parallel_num_weight_shards")
@@ -85,6 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument("--label-smoothing", type=float, default=0.0, help="in training and validation loss (0)")
     for name, meaning in OUR_OPTIONS.items():
         group.add_argument(f"--{name.replace('_', '-')}", action="store_true", default=None, help=meaning)
+    add_expert_arguments(group)
     return parser
 
 
@@ -157,6 +166,7 @@ def apply_arguments(args: argparse.Namespace, explicit: dict[str, str]) -> None:
             tied_embeddings=not args.untie_embeddings_and_output_weights,
             **{name: getattr(args, name) for name in OUR_OPTIONS},
             **{field: getattr(args, name) for name, field in MEGATRON_OPTIONS.items() if name in explicit},
+            **{name: getattr(args, name) for name in EXPERT_OPTIONS},
         )
     except ValueError as error:
         raise ArgumentError(str(error)) from None
@@ -168,6 +178,7 @@ def apply_arguments(args: argparse.Namespace, explicit: dict[str, str]) -> None:
             setattr(args, name, value)
     backend_for(args)  # ValueError if its package is missing
     _set_dimensions(args, arch)
+    set_experts(args, arch, explicit)
     args.hybrid_layer_pattern = _layer_pattern(args, arch)
 
 
@@ -202,6 +213,7 @@ def _refuse_contradictions(args: argparse.Namespace, arch: Architecture, explici
         "num_query_groups": (arch.num_query_groups, "--num-kv-heads"),
         "kv_channels": (arch.head_dim, "--head-dim"),
         "norm_epsilon": (arch.norm_epsilon, None),
+        **{name: (value, "--sparsity and --top-k") for name, value in expert_dimensions(arch).items()},
     }
     for name, (value, ours) in (dimensions | {k: (v, None) for k, v in FIXED.items()}).items():
         if name in explicit and getattr(args, name) != value:
@@ -210,11 +222,12 @@ def _refuse_contradictions(args: argparse.Namespace, arch: Architecture, explici
                 f"{explicit[name]} {getattr(args, name)} contradicts {family}, which has {value}; {advice}"
             )
 
-    modules = set(args.recompute_modules or RECOMPUTE_MODULES)
-    if args.recompute_granularity == "selective" and modules != RECOMPUTE_MODULES:
+    modules = args.recompute_modules or RECOMPUTE_MODULES
+    legal = RECOMPUTE_MODULES + (EXPERT_RECOMPUTE_MODULES if MOE in arch.pattern else [])
+    if args.recompute_granularity == "selective" and not set(modules) <= set(legal):
         raise ArgumentError(
-            f"--recompute-modules {' '.join(sorted(modules))}: selective recompute knows "
-            f"{', '.join(RECOMPUTE_MODULES)} here; use that, or --recompute-granularity full"
+            f"--recompute-modules {' '.join(modules)}: selective recompute knows "
+            f"{', '.join(legal)} here; use these, or --recompute-granularity full"
         )
 
 
@@ -342,10 +355,12 @@ def _defaults() -> dict[str, Any]:
         "gradient_accumulation_fusion": _installed("fused_weight_gradient_mlp_cuda"),
         "masked_softmax_fusion": False,  # our attention has no separate softmax
         "no_persist_layer_norm": True,
+        "moe_token_dispatcher_type": "alltoall",
     }
     if cpu.ACTIVE:
         defaults |= {
             "distributed_backend": "gloo",
+            "moe_token_dispatcher_type": "allgather",  # all-to-all needs more of gloo than it has
             "transformer_impl": "local",
             "gradient_accumulation_fusion": False,
             "bias_swiglu_fusion": False,

@@ -6,6 +6,7 @@ import torch
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 
 from archscale_megatron.archs.architecture import Architecture
+from archscale_megatron.layers.moe import moe_config
 from archscale_megatron.model.config import HybridConfig
 from archscale_megatron.model.spec import build_model
 
@@ -21,6 +22,7 @@ def config_of(arch: Architecture, dtype: torch.dtype = torch.float32, **options:
         "qk_layernorm": arch.qk_norm, "add_qkv_bias": arch.qkv_bias,
         "gated_linear_unit": True, "activation_func": torch.nn.functional.silu, "add_bias_linear": False,
         "transformer_impl": "local", "hidden_dropout": 0.0, "attention_dropout": 0.0, "perform_initialization": False,
+        "moe_router_dtype": "fp32", "moe_token_dispatcher_type": "alltoall", **moe_config(arch),
         "bf16": half, "params_dtype": dtype, "pipeline_dtype": torch.float32, "fp32_residual_connection": half,
     }  # fmt: skip
     return HybridConfig(**defaults | options)

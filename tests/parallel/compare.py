@@ -12,7 +12,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from tests.launch import torchrun
-from tests.parallel.layouts import FAMILIES, LAYOUTS, REFERENCES, reference_of
+from tests.parallel.layouts import CASES, FAMILIES, LAYOUTS, reference_of
 
 TOLERANCE = 1e-5
 # bf16 rounds every product of a sum that tensor parallelism cuts in two, and every gradient that crosses a stage.
@@ -27,10 +27,8 @@ def run_all(directory: Path) -> None:
 
 def differences(directory: Path, family: str, name: str) -> dict[str, float]:
     """For every tensor of a run, max |a - b| / max |b| against the single-process run b."""
-    layout = LAYOUTS[name]
-    reference = next(n for n, r in REFERENCES.items() if r == reference_of(layout))
     run = load_file(directory / f"{family}.{name}.safetensors")
-    expected = load_file(directory / f"{family}.{reference}.safetensors")
+    expected = load_file(directory / f"{family}.{reference_of(LAYOUTS[name])}.safetensors")
     assert run.keys() == expected.keys(), f"{name}: other tensors than the single-process run"
     return {key: ((run[key] - b).abs().max() / b.abs().max()).item() for key, b in expected.items()}
 
@@ -41,7 +39,10 @@ def main() -> None:
         run_all(directory)
         print("| layout | " + " | ".join(FAMILIES) + " |\n|" + "---|" * (len(FAMILIES) + 1))
         for name in LAYOUTS:
-            cells = [f"{max(differences(directory, family, name).values()):.1e}" for family in FAMILIES]
+            cells = [
+                f"{max(differences(directory, family, name).values()):.1e}" if (family, name) in CASES else ""
+                for family in FAMILIES
+            ]
             print(f"| {name} | " + " | ".join(cells) + " |")
 
 

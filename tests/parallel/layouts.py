@@ -9,32 +9,47 @@ from archscale_megatron.archs.architecture import PIPE, Architecture
 from archscale_megatron.archs.build import build_architecture
 from archscale_megatron.model.pipeline import split_by_compute
 
-FAMILIES = ("transformer", "transformerls", "samba", "sambay", "sambayoco", "swayoco")
+DENSE = ("transformer", "transformerls", "samba", "sambay", "sambayoco", "swayoco")
+EXPERTS = ("transformer_gqa4_h2_moe", "sambay_gqa4_moe")
+FAMILIES = DENSE + EXPERTS
 TINY = {"depth": 8, "aspect_ratio": 8, "head_dim": 8, "local_window": 7, "vocab_size": 96}
 # Differential attention needs two key-value heads a rank. The second family has all options of attention and linears.
 OPTIONS = {
     "attention_gate": True, "qk_norm": True, "qkv_bias": True, "attention_output_bias": True, "linear_bias": True,
 }  # fmt: skip
 ATTENTION_FAMILIES = ("transformersa", "transformerga", "sambayda", "phi4miniflash", "transformersa with options")
+OWN = {
+    "transformer_gqa4_h2_moe": {"sparsity": 3, "top_k": 4},
+    # 8 experts besides the shared one, of which a token has 2
+    "sambay_gqa4_moe": {"aspect_ratio": 9, "sparsity": 3, "top_k": 3, "shared_expert": True, "sqrt_gate": True},
+}
 SEQUENCE_LENGTH = 32
 GLOBAL_BATCH, MICRO_BATCH = 8, 2
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of the parallel groups. `overlap` hides data-parallel communication behind computation; `cuts` are the
-    hybrid layers before which a stage starts (by compute if empty); `config` are further fields of the config."""
+    """Sizes of the parallel groups; `ep` divides the ranks of `tp` and `dp` together, `etp` is `tp` of the experts.
+
+    `overlap` hides data-parallel communication behind computation; `cuts` are the hybrid layers before which a stage
+    starts (by compute if empty); `config` are further fields of the config. The auxiliary loss of experts is not linear
+    in the micro-batches, so `micro_batch` is what a reference must agree in.
+    """
 
     tp: int = 1
     pp: int = 1
     vpp: int = 1
     dp: int = 1
+    ep: int = 1
+    etp: int | None = None
     sp: bool = False
     bf16: bool = False
     overlap: bool = False
     tied: bool = True
     cuts: tuple[int, ...] = ()
     config: dict[str, Any] = field(default_factory=dict)
+    micro_batch: int = MICRO_BATCH
+    families: tuple[str, ...] = DENSE
 
     @property
     def world_size(self) -> int:
@@ -47,22 +62,28 @@ RECOMPUTE_ATTENTION = {"recompute_granularity": "selective", "recompute_modules"
 SMOOTHED = {"label_smoothing": 0.1}
 CHUNKED = {"chunked_cross_entropy": True}
 
+RECOMPUTE_EXPERTS = {"recompute_granularity": "selective", "recompute_modules": ["moe", "core_attn"]}
+# Gloo has no all-gather of unequal sizes, with which all-to-all puts the tensor-parallel parts of experts together.
+ALLGATHER = {"moe_token_dispatcher_type": "allgather"}
+GLOBAL = {"moe_router_load_balancing_type": "global_aux_loss"}
+
 LAYOUTS = {
-    "recompute": Layout(config=RECOMPUTE),
+    "recompute": Layout(config=RECOMPUTE, families=FAMILIES),
+    "recompute_experts": Layout(config=RECOMPUTE_EXPERTS, families=EXPERTS),
     "recompute_block": Layout(config=RECOMPUTE_BLOCK),
     "recompute_attention": Layout(config=RECOMPUTE_ATTENTION),
-    "dp2": Layout(dp=2),
+    "dp2": Layout(dp=2, families=FAMILIES),
     "dp2_overlap": Layout(dp=2, overlap=True),
     "tp2": Layout(tp=2),
-    "stp2": Layout(tp=2, sp=True),
+    "stp2": Layout(tp=2, sp=True, families=FAMILIES),
     "stp2_untied": Layout(tp=2, sp=True, tied=False),
-    "pp2": Layout(pp=2),
-    "pp2_vpp2": Layout(pp=2, vpp=2),
+    "pp2": Layout(pp=2, families=FAMILIES),
+    "pp2_vpp2": Layout(pp=2, vpp=2, families=FAMILIES),
     "pp2_recompute": Layout(pp=2, config=RECOMPUTE),
     "pp4": Layout(pp=4),
     "pp4_untied": Layout(pp=4, tied=False),
     "pp4_by_hand": Layout(pp=4, cuts=(9, 11, 12)),  # one stage only passes on what it got
-    "stp2_pp2": Layout(tp=2, pp=2, sp=True),
+    "stp2_pp2": Layout(tp=2, pp=2, sp=True, families=FAMILIES),
     "stp2_pp2_dp2": Layout(tp=2, pp=2, dp=2, sp=True),
     "stp2_smoothed": Layout(tp=2, sp=True, config=SMOOTHED),
     "chunked_loss": Layout(config=CHUNKED | SMOOTHED),
@@ -71,6 +92,15 @@ LAYOUTS = {
     "chunked_loss_dp2_overlap": Layout(dp=2, overlap=True, tied=False, config=CHUNKED),
     "pp2_bf16": Layout(pp=2, bf16=True, cuts=(11,)),
     "stp2_pp2_bf16": Layout(tp=2, pp=2, sp=True, bf16=True, cuts=(11,)),
+    "pp4_uneven": Layout(pp=4, cuts=(9, 10, 11), families=EXPERTS),  # one stage has no experts
+    "ep2": Layout(dp=2, ep=2, families=EXPERTS),
+    "ep2_overlap": Layout(dp=2, ep=2, overlap=True, families=EXPERTS),
+    "ep2_dp4": Layout(dp=4, ep=2, families=EXPERTS),
+    "ep2_pp2": Layout(dp=2, ep=2, pp=2, families=EXPERTS),
+    "ep2_stp2": Layout(dp=2, ep=2, tp=2, sp=True, config=ALLGATHER, families=EXPERTS),
+    "ep2_stp2_etp1": Layout(tp=2, ep=2, etp=1, sp=True, families=EXPERTS),
+    "dp2_global": Layout(dp=2, config=GLOBAL, families=EXPERTS),
+    "ep2_stp2_global": Layout(dp=2, ep=2, etp=1, tp=2, sp=True, config=GLOBAL, families=EXPERTS),
 }
 
 
@@ -79,7 +109,7 @@ def tiny(family: str, tied: bool = True) -> Architecture:
     family, options = family.split()[0], OPTIONS if " " in family else {}
     more_heads = family in ("transformerga", "sambayda", "phi4miniflash")
     heads = {"num_heads": 8, "num_kv_heads": 4} if more_heads else {}
-    return build_architecture(family, **TINY, **heads, **options, tied_embeddings=tied)
+    return build_architecture(family, **TINY | OWN.get(family, {}), **heads, **options, tied_embeddings=tied)
 
 
 def pattern_of(arch: Architecture, layout: Layout) -> str:
@@ -90,15 +120,28 @@ def pattern_of(arch: Architecture, layout: Layout) -> str:
     return PIPE.join(arch.pattern[start:end] for start, end in ends)
 
 
-def reference_of(layout: Layout) -> Layout:
-    """The single-process run, with the plain loss, that `layout` is compared with."""
-    config = {name: value for name, value in layout.config.items() if name in SMOOTHED}
-    return Layout(bf16=layout.bf16, tied=layout.tied, config=config)
+def reference_of(layout: Layout) -> str:
+    """The single-process run, with the plain loss, that `layout` is compared with.
+
+    The load of experts is balanced over a micro-batch on one data-parallel rank, so the micro-batches of the reference
+    are as large; with the global loss, over the micro-batches of all ranks at a time, which together are one of the
+    reference.
+    """
+    if layout.config == GLOBAL:
+        return "single_global"
+    if "label_smoothing" in layout.config:
+        return "single_smoothed"
+    if layout.bf16:
+        return "single_bf16"
+    return "single" if layout.tied else "single_untied"
 
 
 REFERENCES = {
-    "single": Layout(),
+    "single": Layout(families=FAMILIES),
     "single_untied": Layout(tied=False),
     "single_bf16": Layout(bf16=True),
     "single_smoothed": Layout(config=SMOOTHED),
+    "single_global": Layout(config=GLOBAL, micro_batch=2 * MICRO_BATCH, families=EXPERTS),
 }
+
+CASES = [(family, name) for name, layout in LAYOUTS.items() for family in layout.families]

@@ -32,18 +32,18 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # n
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func  # noqa: E402
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noqa: E402
 from megatron.core.transformer.module import Float16Module  # noqa: E402
+from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker, get_moe_metrics_tracker  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from archscale_megatron.archs.architecture import MOE  # noqa: E402
 from archscale_megatron.model.config import HybridConfig  # noqa: E402
 from archscale_megatron.model.spec import build_model  # noqa: E402
-from archscale_megatron.mup.initialization import blocks_of, named_global_parameters  # noqa: E402
+from archscale_megatron.mup.initialization import named_global_parameters, partition_of  # noqa: E402
 from tests.model import building  # noqa: E402
 from tests.parallel.layouts import (  # noqa: E402
-    FAMILIES,
     GLOBAL_BATCH,
     LAYOUTS,
-    MICRO_BATCH,
     REFERENCES,
     SEQUENCE_LENGTH,
     TINY,
@@ -55,6 +55,7 @@ from tests.parallel.layouts import (  # noqa: E402
 STEPS = 2
 # Initial weights are scaled so that every layer counts, and no update is large beside its weight.
 WEIGHT_SCALE, UNTIED_EMBEDDING_SCALE, ZERO_REPLACEMENT = 3.0, 600.0, 0.3
+AUX_LOSS_COEFFICIENT = 0.3  # enough to be seen in the gradients
 
 
 def config_of(family: str, layout: Layout) -> HybridConfig:
@@ -72,6 +73,9 @@ def config_of(family: str, layout: Layout) -> HybridConfig:
         overlap_p2p_comm=layout.vpp > 1,
         batch_p2p_comm=layout.vpp == 1,
         deallocate_pipeline_outputs=True,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
+        moe_aux_loss_coeff=AUX_LOSS_COEFFICIENT,
         **layout.config,
     )
 
@@ -141,7 +145,7 @@ def train(family: str, layout: Layout) -> dict[str, Tensor]:
     run: dict[str, Tensor] = {}
     for step in range(STEPS):
         tokens = torch.randint(TINY["vocab_size"], (GLOBAL_BATCH, SEQUENCE_LENGTH + 1), generator=generator)
-        micro_batches = tokens.split(MICRO_BATCH)[mpu.get_data_parallel_rank() :: layout.dp]
+        micro_batches = tokens.split(layout.micro_batch)[mpu.get_data_parallel_rank() :: layout.dp]
         for chunk in chunks:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
@@ -151,10 +155,12 @@ def train(family: str, layout: Layout) -> dict[str, Tensor]:
             model=chunks if layout.vpp > 1 else chunks[0],
             num_microbatches=len(micro_batches),
             seq_length=SEQUENCE_LENGTH,
-            micro_batch_size=MICRO_BATCH,
+            micro_batch_size=layout.micro_batch,
             forward_only=False,
         )
         run[f"loss.{step}"] = mean_loss(losses)
+        if MOE in config.layer_pattern:
+            run[f"loss.{step}.balance"] = load_balancing_loss(config, len(micro_batches))
         gather_gradient_shards(chunks)
         run |= whole_tensors(chunks, f"grad.{step}.", lambda p: p.main_grad)
         optimizer.step()
@@ -173,14 +179,30 @@ def mean_loss(losses: list[dict[str, Tensor]]) -> Tensor:
     return total[0] / total[1]
 
 
+def load_balancing_loss(config: HybridConfig, micro_batches: int) -> Tensor:
+    """The mean over layers that Megatron logs, on every rank (training/training.py:2759)."""
+    name = {"aux_loss": "load_balancing_loss", "global_aux_loss": "global_load_balancing_loss"}
+    scalars: dict[str, Tensor] = {}
+    get_moe_metrics_tracker().report(
+        loss_scale=1 / micro_batches,
+        iteration=0,
+        force_initialize=True,
+        track_names=name[config.moe_router_load_balancing_type],
+        num_layers=config.layer_pattern.count(MOE),
+        moe_layer_freq=1,
+        total_loss_dict=scalars,
+    )
+    return next(iter(scalars.values()))
+
+
 def gather_gradient_shards(chunks: list[DistributedDataParallel]) -> None:
     """The distributed optimizer leaves each data-parallel rank one shard of each reduced bucket."""
-    group = mpu.get_data_parallel_group(with_context_parallel=True)
+    group, expert_group = mpu.get_data_parallel_group(with_context_parallel=True), mpu.get_expert_data_parallel_group()
     for chunk in chunks:
-        for buffer in chunk.buffers:
-            for bucket in buffer.buckets:
-                shard = bucket.grad_data.chunk(group.size())[group.rank()].clone()
-                dist.all_gather_into_tensor(bucket.grad_data, shard, group=group)
+        for group_, buffers in ((group, chunk.buffers), (expert_group, chunk.expert_parallel_buffers)):
+            for bucket in (bucket for buffer in buffers for bucket in buffer.buckets):
+                shard = bucket.grad_data.chunk(group_.size())[group_.rank()].clone()
+                dist.all_gather_into_tensor(bucket.grad_data, shard, group=group_)
 
 
 def whole_tensors(chunks: list[DistributedDataParallel], prefix: str, value: Any) -> dict[str, Tensor]:
@@ -192,10 +214,9 @@ def whole_tensors(chunks: list[DistributedDataParallel], prefix: str, value: Any
     local = {}
     for chunk in chunks:
         for name, parameter in named_global_parameters(unwrap(chunk)):
-            split = getattr(parameter, "tensor_model_parallel", False)
-            size = mpu.get_tensor_model_parallel_world_size()
-            layout = (parameter.partition_dim, blocks_of(parameter, size)) if split else None
-            local[name] = (layout, mpu.get_tensor_model_parallel_rank(), value(parameter).detach().float().clone())
+            split = partition_of(name, parameter)
+            layout, rank = ((split.dim, split.blocks), split.rank) if split else (None, 0)
+            local[name] = (layout, rank, value(parameter).detach().float().clone())
     everywhere: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, local)
     shards: dict[str, dict[int, Tensor]] = {}
@@ -223,14 +244,21 @@ def join(layout: tuple[int, tuple[int, ...]] | None, parts: dict[int, Tensor]) -
 def main(directory: Path, names: list[str]) -> None:
     dist.init_process_group("gloo")
     layouts = REFERENCES | LAYOUTS
-    families = [name for name in names if name not in layouts] or FAMILIES
+    families = [name for name in names if name not in layouts]
     chosen = layouts.keys() & names or layouts
     for name, layout in layouts.items():
         if layout.world_size != dist.get_world_size() or name not in chosen:
             continue
-        mpu.initialize_model_parallel(layout.tp, layout.pp, layout.vpp if layout.vpp > 1 else None)
+        mpu.initialize_model_parallel(
+            layout.tp,
+            layout.pp,
+            layout.vpp if layout.vpp > 1 else None,
+            expert_model_parallel_size=layout.ep,
+            expert_tensor_parallel_size=layout.etp,
+        )
         model_parallel_cuda_manual_seed(1)
-        for family in families:
+        for family in families or layout.families:
+            destroy_moe_metrics_tracker()
             run = train(family, layout)
             if dist.get_rank() == 0:
                 save_file(run, directory / f"{family}.{name}.safetensors")

@@ -22,6 +22,7 @@ Parse = Callable[..., argparse.Namespace]
 COMMON = ["--seq-length", "128", "--micro-batch-size", "1", "--train-iters", "1", "--lr", "1e-3", "--mock-data"]
 NULL = ["--tokenizer-type", "NullTokenizer"]
 D16 = ["--train-model", "sambay", "--depth", "16"]
+MOE = ["--train-model", "sambay_gqa4_moe", "--depth", "16"]
 TINY = ["--train-model", "sambay", "--depth", "8", "--aspect-ratio", "8", "--head-dim", "8", "--vocab-size", "128"]
 
 
@@ -93,6 +94,25 @@ def test_boundaries_by_hand_and_by_compute(parse: Parse) -> None:
     assert args.virtual_pipeline_model_parallel_size == 2
 
 
+def test_experts(parse: Parse) -> None:
+    options = ["--shared-expert", "--sqrt-gate", "--sparsity", "4", "--expert-model-parallel-size", "31"]
+    args = parse(*MOE, *options, "--global-aux", "--moe-aux-loss-coeff", "0.1", world=31)
+    arch = args.architecture
+    assert (arch.sparsity, arch.top_k, arch.shared_expert, arch.sqrt_gate) == (4, 8, True, True)
+    assert (args.num_experts, args.moe_router_topk) == (31, 7)
+    assert args.moe_ffn_hidden_size == args.moe_shared_expert_intermediate_size == 4 * 1984 // 8
+    assert (args.moe_router_load_balancing_type, args.moe_aux_loss_coeff) == ("global_aux_loss", 0.1)
+    global_vars.unset_global_variables()
+    args = parse(*MOE)
+    assert (args.num_experts, args.moe_router_topk, args.moe_shared_expert_intermediate_size) == (64, 8, None)
+    assert (args.moe_router_load_balancing_type, args.moe_aux_loss_coeff) == ("aux_loss", 1e-3)
+    assert (args.moe_router_dtype, args.moe_grouped_gemm) == ("fp32", False)
+    global_vars.unset_global_variables()
+    assert parse(*MOE, "--moe-router-load-balancing-type", "none").moe_aux_loss_coeff == 0
+    global_vars.unset_global_variables()
+    assert parse(*D16).num_experts is None
+
+
 def test_every_fixed_attribute_is_one_of_megatrons(parse: Parse, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["pretrain_archscale.py"])
     assert {*FIXED, *PLAIN_LOSS_ONLY} <= set(vars(parse_args()))
@@ -125,6 +145,21 @@ REFUSED = [
     ([*D16, "--attention-sink"], "--attention-sink: a sink is for full attention; sambay has windows"),
     ([*D16[:3], "12", "--differential-attention"], "pairs .* 3 is odd; give an even .*depths 8, 16, 24, 32"),
     ([*D16, "--qk-l2-norm"], "--qk-l2-norm True contradicts"),
+    ([*MOE, "--num-experts", "8"], "--num-experts 8 contradicts .* has 64; .* use --sparsity and --top-k"),
+    ([*D16, "--sparsity", "4"], "--sparsity: sambay has no experts; leave it out, or use transformer_gqa4_h2_moe, "),
+    ([*D16, "--global-aux"], "--global-aux: sambay has no experts"),
+    ([*MOE, "--linear-bias"], "the experts of sambay_gqa4_moe have no biases"),
+    ([*MOE, "--top-k", "1"], "teaches the router nothing: give --top-k 2 or more"),
+    ([*MOE, "--shared-expert", "--top-k", "2"], "to 1 experts; .* give --top-k 3 or more"),
+    ([*MOE, "--sparsity", "0"], "--sparsity 0: must be a positive integer"),
+    ([*MOE, "--shared-expert", "--expert-model-parallel-size", "2"],
+     r"routes to 63 experts \(8 x 8 less the shared one\); use 1, 3, 7, 9, 21, 63"),
+    ([*MOE, "--expert-model-parallel-size", "8"], "1 processes cannot be divided .* 8 x 1 x 1; start a multiple of 8"),
+    ([*MOE, "--global-batch-size", "4", "--tensor-model-parallel-size", "2"], "experts need --sequence-parallel"),
+    ([*MOE, "--moe-grouped-gemm"], "--moe-grouped-gemm: needs --transformer-impl transformer_engine"),
+    ([*MOE, "--global-aux", "--moe-router-load-balancing-type", "aux_loss"], "give one of them"),
+    ([*MOE, "--moe-router-load-balancing-type", "sinkhorn"], "sinkhorn: changes how tokens are routed; use aux_loss, "),
+    ([*MOE, "--moe-router-score-function", "sigmoid"], "--moe-router-score-function sigmoid contradicts"),
     ([*D16, "--rotary-base", "5000"], "sambay has no position embeddings"),
     ([*D16, "--position-embedding-type", "yarn"], "--position-embedding-type yarn: use rope or none"),
     ([*D16, "--context-parallel-size", "2"], "--context-parallel-size 2 contradicts"),

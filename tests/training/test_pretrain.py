@@ -130,6 +130,24 @@ def test_resume_at_another_layout(data: Path, tmp_path: Path) -> None:
     assert found == pytest.approx(expected, rel=1e-5)
 
 
+def test_experts_resume_at_another_layout(data: Path, tmp_path: Path) -> None:
+    """A checkpoint of EP 2 goes on as PP 2, and the balance of the experts' load is in the log."""
+    plain = (
+        "--train-model", "sambay_gqa4_moe", "--aspect-ratio", "9", "--sparsity", "3", "--top-k", "3",
+        "--shared-expert", "--sqrt-gate", "--hidden-dropout", "0", "--attention-dropout", "0",
+    )  # fmt: skip
+    whole, moved = tmp_path / "whole", tmp_path / "moved"
+    torchrun(2, *command(data, whole, *plain, "--expert-model-parallel-size", "2"))
+    go_back(whole, moved)
+    log = torchrun(2, *command(data, moved, *plain, "--pipeline-model-parallel-size", "2")).stdout
+    for tag in ("lm loss", "load_balancing_loss"):
+        found, expected = scalars(moved, tag), scalars(whole, tag)
+        assert found.keys() | set(range(1, SAVED_AT + 1)) == expected.keys() == set(range(1, STEPS + 1))
+        assert found == pytest.approx({step: expected[step] for step in found}, rel=1e-5)
+    assert all(1 < value < 2 for value in expected.values())  # 1 is an even load
+    assert re.search(r"load_balancing_loss: 1\.\d", log)
+
+
 def test_sigterm_saves_and_exits(undisturbed: Path, data: Path, tmp_path: Path) -> None:
     """torchrun passes SIGTERM on to every rank; the run saves where it is, and goes on as if nothing had been."""
 
