@@ -308,7 +308,7 @@ def swiglu(x: Tensor, p: dict[str, Tensor], prefix: str, mistake: str | None = N
     gate, up = (x @ half.T for half in p[f"{prefix}linear_fc1.weight"].chunk(2))
     if mistake == "gate and up swapped":
         gate, up = up, gate
-    return (_silu(gate) * up) @ p[f"{prefix}linear_fc2.weight"].T, gate, up
+    return (silu(gate) * up) @ p[f"{prefix}linear_fc2.weight"].T, gate, up
 
 
 def experts(

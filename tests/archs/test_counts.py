@@ -36,6 +36,15 @@ PUBLISHED = {
     },
 }  # fmt: skip
 PUBLISHED["transformerls"] = PUBLISHED["transformer"]  # a window has no parameters
+PUBLISHED["sambayw"] = PUBLISHED["sambaywr"] = PUBLISHED["sambay"]
+# The ablations at depth 16: non-embedding / tied, in millions.
+ABLATIONS = {
+    "mambay": (994.8, 1056.2), "mambay2": (1006.6, 1068.0), "gdny": (989.5, 1050.9), "sgdny": (1018.1, 1082.6),
+    "sambay2": (1005.0, 1068.5), "sambayattn": (1009.7, 1074.2), "sambayattnall": (1009.7, 1074.2),
+    "sambaymlp": (985.3, 1046.8),
+}  # fmt: skip
+# Billions, untied, of the experts that ArchScale df4e070's README trains.
+EXPERTS = {8: 0.913, 12: 2.950, 16: 6.879, 20: 13.329, 24: 22.930}
 EXACT = {
     "sambay": {8: 126852000, 12: 424593360, 16: 1002330688, 20: 1952903280, 24: 3369150432},
     "transformer": {8: 121652224, 12: 410555904, 16: 973146112, 20: 1900648960, 24: 3284290560},
@@ -51,10 +60,47 @@ def test_published_counts(family: str, depth: int) -> None:
     assert EXACT.get(family, {}).get(depth, counts[0]) == counts[0]
 
 
+@pytest.mark.parametrize("family", ABLATIONS)
+def test_published_counts_of_ablations(family: str) -> None:
+    arch = build_architecture(family, 16)
+    assert tuple(round(c / 1e6, 1) for c in (non_embedding_parameters(arch), parameters(arch))) == ABLATIONS[family]
+
+
+@pytest.mark.parametrize("depth", EXPERTS)
+def test_published_counts_of_experts(depth: int) -> None:
+    arch = build_architecture(
+        "transformer_gqa4_h2_moe", depth, tied_embeddings=False, shared_expert=True, attention_gate=True, qk_norm=True
+    )
+    assert round(parameters(arch) / 1e9, 3) == EXPERTS[depth]
+    assert (arch.num_experts, arch.experts_per_token) == (63, 7)
+
+
+def test_phi4_mini_flash() -> None:
+    arch = build_architecture("phi4miniflash", 32)
+    assert (non_embedding_parameters(arch), parameters(arch)) == (3_340_399_104, 3_852_562_944)
+    assert (arch.hidden_size, arch.num_attention_heads, arch.num_query_groups) == (2560, 40, 20)
+    assert arch.tensor_parallel_sizes() == [1, 2, 5, 10]
+
+
+@pytest.mark.parametrize(("depth", "more"), [(8, 3072), (16, 6144), (24, 9216)])
+def test_differential_attention_adds_lambdas_and_norms(depth: int, more: int) -> None:
+    assert parameters(build_architecture("sambayda", depth)) - parameters(build_architecture("sambay", depth)) == more
+
+
 @pytest.mark.parametrize(
     ("family", "depth", "pattern"),
     [
         ("transformer", 3, "*-*-*-"),
+        ("transformer_gqa4_h2_moe", 2, "*E*E"),
+        ("mamba", 2, "m-m-"),
+        ("mambay", 8, "m-m-m-m-m-*-U-X-"),
+        ("mambay2", 8, "M-M-M-M-M-*-U-X-"),
+        ("gdny", 8, "G-G-G-G-G-*-U-X-"),
+        ("sgdny", 8, "G-W-G-W-G-*-U-X-"),
+        ("sambay2", 8, "M-W-M-W-M-*-U-X-"),
+        ("sambay_gqa4_moe", 8, "mEWEmEWEmE*EUEXE"),
+        ("sambayattnall", 8, "m-W-m-W-m-*-U-U-"),
+        ("phi4miniflash", 16, "m-W-m-W-m-W-m-W-m-*-U-X-U-X-U-X-"),
         ("transformerls", 8, "W-W-W-*-W-W-W-*-"),
         ("samba", 6, "m-W-m-W-m-W-"),
         ("sambay", 4, "m-W-m-*-"),
@@ -80,9 +126,27 @@ def test_shared_state_of_sambay() -> None:
     assert arch.payload_size(("memory", "kv")) == 2 * arch.hidden_size + 2 * 4 * 128
 
 
+@pytest.mark.parametrize(
+    ("family", "writer", "size"),
+    [("sambay2", 16, 4096), ("gdny", 16, 3072), ("sambayattn", 18, 2048), ("sambaymlp", 19, 7680)],
+)
+def test_the_memory_has_other_writers(family: str, writer: int, size: int) -> None:
+    arch = build_architecture(family, 16)
+    assert (arch.memory_writer, arch.memory_size) == (writer, size)
+    assert arch.payload_after(writer)[:1] == ("memory",)
+
+
 @pytest.mark.parametrize(("depth", "sizes"), [(8, [1, 2]), (12, [1, 3]), (16, [1, 2, 4]), (24, [1, 2, 3, 6])])
 def test_tensor_parallel_sizes(depth: int, sizes: list[int]) -> None:
     assert build_architecture("sambay", depth).tensor_parallel_sizes() == sizes
+
+
+@pytest.mark.parametrize(
+    ("family", "depth", "sizes"),
+    [("sambayda", 16, [1, 2]), ("sambayda", 24, [1, 3]), ("gdny", 16, [1, 2]), ("mamba", 8, [1, 2, 4, 8])],
+)
+def test_tensor_parallel_sizes_of_pairs_and_scans(family: str, depth: int, sizes: list[int]) -> None:
+    assert build_architecture(family, depth).tensor_parallel_sizes() == sizes
 
 
 def test_attention_flops_count_every_visible_pair() -> None:
@@ -103,10 +167,13 @@ def test_training_flops_is_six_per_parameter_and_attention() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("sambaz", 16), "unknown family; did you mean samba"),
+        (("sambaz", 16), "unknown family; did you mean samba or .*sambay"),
         (("sambay", 10), "multiple of 4; the nearest: 8, 12"),
         (("samba", 7), "multiple of 2; the nearest: 6, 8"),
         (("transformer", 14), "14 attention heads cannot share 3 key-value heads"),
+        (("sambayda", 12), "3 is odd; give an even --num-kv-heads, or one of the depths 8, 16, 24, 32"),
+        (("sambayda", 20), "5 is odd; give an even --num-kv-heads, or one of the depths 8, 16, 24, 32"),
+        (("phi4miniflash", 20), "25 attention heads .* divides the first, or one of the depths 16, 32"),
         (("transformer", 0), "--depth 0: must be a positive integer"),
     ],
 )
