@@ -21,16 +21,34 @@ def check_data(args: argparse.Namespace) -> None:
         FileNotFoundError: no dataset named, or a file of one is missing.
         ValueError: a file is not an indexed dataset, or has no documents.
     """
-    from megatron.training.utils import get_blend_and_blend_per_split
-
     if args.mock_data:
         return
+    if not (prefixes := _prefixes(args)):
+        raise FileNotFoundError("no data: give --data-path, --train-data-path or --mock-data")
+    for prefix in prefixes:
+        check_dataset(prefix)
+
+
+def check_ends_of_documents(args: argparse.Namespace, end_of_document: int) -> None:
+    """Raises ValueError if the first document of a dataset does not end with `end_of_document`."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    for prefix in () if args.mock_data else _prefixes(args):
+        dataset = IndexedDataset(prefix)  # by name: its documents are views that die with it
+        last = int(dataset[0][-1])
+        if last != end_of_document:
+            raise ValueError(
+                f"--reset-at-eod: the first document of {prefix} ends with token {last}, not with the tokenizer's "
+                f"end-of-document token {end_of_document}; preprocess with --append-eod and the same tokenizer"
+            )
+
+
+def _prefixes(args: argparse.Namespace) -> list[str]:
+    from megatron.training.utils import get_blend_and_blend_per_split
+
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     blends = [b for b in (blend, *(blend_per_split or ())) if b is not None]
-    if not blends:
-        raise FileNotFoundError("no data: give --data-path, --train-data-path or --mock-data")
-    for prefix in dict.fromkeys(prefix for prefixes, _ in blends for prefix in prefixes):
-        check_dataset(prefix)
+    return list(dict.fromkeys(prefix for prefixes, _ in blends for prefix in prefixes))
 
 
 def check_dataset(prefix: str) -> None:
@@ -52,16 +70,15 @@ def check_dataset(prefix: str) -> None:
 def datasets_provider(samples: list[int], vp_stage: int | None = None) -> Any:
     """Train, validation and test datasets of `samples` samples each, as `pretrain` asks for them.
 
-    Only the first rank of a tensor-parallel group, on the stages that embed tokens or compute the loss, reads.
+    Only the first rank of a tensor-parallel group reads, on the stages that `reads_data` names.
     """
     from megatron.core import mpu
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDataset, MockGPTDataset
     from megatron.training import get_args
-    from megatron.training.utils import is_first_or_last_pipeline_stage
 
     def is_built_here(vp_stage: int | None) -> bool:
-        return mpu.get_tensor_model_parallel_rank() == 0 and is_first_or_last_pipeline_stage(vp_stage)
+        return mpu.get_tensor_model_parallel_rank() == 0 and reads_data(vp_stage)
 
     args = get_args()
     kind = MockGPTDataset if args.mock_data else GPTDataset
@@ -70,6 +87,15 @@ def datasets_provider(samples: list[int], vp_stage: int | None = None) -> Any:
 
 
 datasets_provider.is_distributed = True  # type: ignore[attr-defined]
+
+
+def reads_data(vp_stage: int | None) -> bool:
+    """Does this (virtual) pipeline stage read batches? Those that embed tokens or compute the loss do, and with
+    `--reset-at-eod` all, to know where documents start."""
+    from megatron.training import get_args
+    from megatron.training.utils import is_first_or_last_pipeline_stage
+
+    return get_args().reset_at_eod or is_first_or_last_pipeline_stage(vp_stage)
 
 
 def dataset_config(args: argparse.Namespace) -> Any:

@@ -81,11 +81,16 @@ class SharedStateStack(MegatronModule):
         **_: Any,  # inference contexts, packed sequences, padding masks: not for training on whole sequences
     ) -> Tensor:
         """[s, b, h] (s / tp under sequence parallelism) -> the same, normed, on the last stage; packed with
-        the shared state elsewhere. Causality is the layers' own, so there is no attention mask."""
+        the shared state elsewhere.
+
+        HybridModel passes its `attention_mask` on to here, on every stage. Causality is the layers' own; what they
+        cannot know is where documents start, so that is what the mask says: bool [s, b], all s tokens on every rank,
+        True at the first token of each document (`ops.documents`), or None for one document.
+        """
         state = SharedState()
         if not self.pre_process:
             hidden_states, state = unpack(self.input_tensor, self.payload_in, self.config.architecture, self.config)
-        context = SequenceContext(rotary_pos_emb=rotary_pos_emb)
+        context = SequenceContext(rotary_pos_emb=rotary_pos_emb, document_starts=attention_mask)
         # Under sequence parallelism each rank drops its own tokens.
         fork = self.config.sequence_parallel and self.config.hidden_dropout > 0
         rng = tensor_parallel.get_cuda_rng_tracker().fork() if fork else nullcontext()

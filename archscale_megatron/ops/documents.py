@@ -1,4 +1,4 @@
-"""Where documents begin in a packed sequence, in the forms that kernels ask for.
+"""Where documents begin in a packed sequence: from its tokens, and in the forms that kernels ask for.
 
 Everywhere here `document_starts` is bool [s, b], True at the first token of each document. Position 0 begins
 a document whether it is marked or not.
@@ -7,6 +7,11 @@ a document whether it is marked or not.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def starts_of_documents(tokens: Tensor, end_of_document: int) -> Tensor:
+    """tokens [b, s] -> bool [s, b]: the first token, and each one behind an `end_of_document`."""
+    return F.pad(tokens[:, :-1] == end_of_document, (1, 0), value=True).t().contiguous()
 
 
 def check_document_starts(document_starts: Tensor, s: int, b: int) -> None:

@@ -10,6 +10,7 @@ import argparse
 import math
 import sys
 import traceback
+from dataclasses import replace
 from typing import Any
 
 from megatron.core.transformer.enums import AttnBackend
@@ -27,6 +28,7 @@ from archscale_megatron.training.experts import (
     expert_dimensions,
     set_experts,
 )
+from archscale_megatron.training.train_name import apply_train_name
 
 VOCABULARY_MULTIPLE = 64  # ArchScale's padding
 
@@ -55,6 +57,9 @@ FIXED: dict[str, Any] = {
     **FIXED_EXPERTS,
 }  # fmt: skip
 RECOMPUTE_MODULES = ["core_attn"]
+INSTEAD = dict.fromkeys(
+    ("reset_position_ids", "reset_attention_mask", "dataloader_inter_document_masking"), "--reset-at-eod"
+)
 CHUNKED_ABOVE = 100_000  # entries of the vocabulary, as in ArchScale
 # Options of Megatron's that reach its output layer and loss alone, which the chunked loss goes without.
 PLAIN_LOSS_ONLY = ("cross_entropy_loss_fusion", "defer_embedding_wgrad_compute", "tensor_parallel_num_weight_shards")
@@ -94,6 +99,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     for name, meaning in OUR_OPTIONS.items():
         group.add_argument(f"--{name.replace('_', '-')}", action="store_true", default=None, help=meaning)
     add_expert_arguments(group)
+    group.add_argument("--reset-at-eod", action="store_true", help="no layer looks beyond an end-of-document token")
+    group.add_argument("--train-name", help="an ArchScale run name, such as scaling_tie_varlen: its words are options")
     return parser
 
 
@@ -151,6 +158,8 @@ def apply_arguments(args: argparse.Namespace, explicit: dict[str, str]) -> None:
     """
     _require(args, "train_model", "depth", "seq_length", "micro_batch_size")
     try:
+        named = apply_train_name(args, explicit)
+        explicit = {name: "--train-name" for name in named if name != "rotary_base"} | explicit
         arch = args.architecture = build_architecture(
             args.train_model,
             args.depth,
@@ -170,6 +179,8 @@ def apply_arguments(args: argparse.Namespace, explicit: dict[str, str]) -> None:
         )
     except ValueError as error:
         raise ArgumentError(str(error)) from None
+    if arch.rotary_base is not None:  # the word rbase, unlike the option, may be said of any model
+        arch = args.architecture = replace(arch, rotary_base=named.get("rotary_base", arch.rotary_base))
     _refuse_contradictions(args, arch, explicit)
     _check_layout(args, arch)
     _choose_loss(args, arch, explicit)
@@ -183,15 +194,28 @@ def apply_arguments(args: argparse.Namespace, explicit: dict[str, str]) -> None:
 
 
 def check_tokenizer(args: argparse.Namespace) -> None:
-    """Raises ArgumentError if the tokenizer has ids that the model has no embedding for."""
+    """Raises ValueError if the tokenizer has ids that the model has no embedding for, or, with `--reset-at-eod`, if it
+    marks no end of a document or the data has none of its marks."""
     from megatron.training import get_tokenizer
 
-    size = get_tokenizer().vocab_size
-    if size > args.architecture.vocab_size:
+    from archscale_megatron.data.datasets import check_ends_of_documents
+
+    tokenizer = get_tokenizer()
+    name = args.tokenizer_model or args.tokenizer_type
+    if tokenizer.vocab_size > args.architecture.vocab_size:
         raise ArgumentError(
-            f"the tokenizer {args.tokenizer_model or args.tokenizer_type} has {size} tokens, the model "
-            f"{args.architecture.vocab_size}: give --vocab-size {size} or more"
+            f"the tokenizer {name} has {tokenizer.vocab_size} tokens, the model "
+            f"{args.architecture.vocab_size}: give --vocab-size {tokenizer.vocab_size} or more"
         )
+    if not args.reset_at_eod:
+        return
+    if tokenizer.eod is None or tokenizer.eod < 0:
+        raise ArgumentError(f"--reset-at-eod: the tokenizer {name} has no end-of-document token; give one that has")
+    if args.allow_ambiguous_pad_tokens:  # GPTDataset then replaces the end of a document where it is also padding
+        raise ArgumentError(
+            "--allow-ambiguous-pad-tokens may hide where documents end from --reset-at-eod; leave it out"
+        )
+    check_ends_of_documents(args, tokenizer.eod)
 
 
 def _rope(args: argparse.Namespace, explicit: dict[str, str]) -> bool | None:
@@ -215,7 +239,7 @@ def _refuse_contradictions(args: argparse.Namespace, arch: Architecture, explici
         "norm_epsilon": (arch.norm_epsilon, None),
         **{name: (value, "--sparsity and --top-k") for name, value in expert_dimensions(arch).items()},
     }
-    for name, (value, ours) in (dimensions | {k: (v, None) for k, v in FIXED.items()}).items():
+    for name, (value, ours) in (dimensions | {k: (v, INSTEAD.get(k)) for k, v in FIXED.items()}).items():
         if name in explicit and getattr(args, name) != value:
             advice = f"leave it out, or use {ours}" if ours else "leave it out"
             raise ArgumentError(

@@ -7,18 +7,21 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import mpu
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import StragglerDetector, get_attr_wrapped_model, get_batch_on_this_tp_rank
-from megatron.training import get_args, get_timers
+from megatron.training import get_args, get_timers, get_tokenizer
 from megatron.training.arguments import core_transformer_config_from_args
 from megatron.training.utils import is_first_or_last_pipeline_stage
 from torch import Tensor
 
+from archscale_megatron.data.datasets import reads_data
 from archscale_megatron.model.config import HybridConfig
 from archscale_megatron.model.spec import build_model
+from archscale_megatron.ops.documents import starts_of_documents
 
 SPIKE_FACTOR = 10  # a loss that is this many times the largest so far is reported (--check-for-spiky-loss)
 
@@ -50,15 +53,19 @@ def model_provider(
 
 
 def get_batch(data_iterator: Iterator[dict[str, Tensor]], vp_stage: int | None) -> dict[str, Tensor | None]:
-    """tokens, position_ids, labels (int64) and loss_mask (fp32), [b, s] each; None where the stage needs none."""
+    """tokens, position_ids, labels (int64) and loss_mask (fp32), [b, s] each, and document_starts (bool [s, b]); None
+    where the stage needs none."""
     args = get_args()
     names = ("tokens", "position_ids", "labels", "loss_mask")
-    if not is_first_or_last_pipeline_stage(vp_stage):
-        return dict.fromkeys(names)
+    if not reads_data(vp_stage):
+        return dict.fromkeys((*names, "document_starts"))
     batch: dict[str, Any] = {}
     if mpu.get_tensor_model_parallel_rank() == 0:
         sample = next(data_iterator)
         batch = {name: sample[name].cuda(non_blocking=True) for name in names}
+    document_starts = _document_starts(batch.get("tokens")) if args.reset_at_eod else None
+    if not is_first_or_last_pipeline_stage(vp_stage):
+        return dict.fromkeys(names) | {"document_starts": document_starts}
     batch = get_batch_on_this_tp_rank(
         batch,
         has_cu_seqlens=False,
@@ -75,7 +82,19 @@ def get_batch(data_iterator: Iterator[dict[str, Tensor]], vp_stage: int | None) 
         is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
         is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
     )
-    return {name: batch.get(name) for name in names}
+    return {name: batch.get(name) for name in names} | {"document_starts": document_starts}
+
+
+def _document_starts(tokens: Tensor | None) -> Tensor:
+    """bool [s, b], from the tokens that the first tensor-parallel rank has; Megatron sends them to the first stage's
+    other ranks alone."""
+    if tokens is None:
+        args = get_args()
+        starts = torch.empty(args.seq_length, args.micro_batch_size, dtype=torch.bool, device="cuda")
+    else:
+        starts = starts_of_documents(tokens, get_tokenizer().eod)
+    dist.broadcast(starts, mpu.get_tensor_model_parallel_src_rank(), group=mpu.get_tensor_model_parallel_group())
+    return starts
 
 
 def forward_step(
@@ -88,7 +107,8 @@ def forward_step(
         batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
     timers("batch-generator").stop()
     with straggler_timer:
-        output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+        # In the place of an attention mask: see SharedStateStack.forward.
+        output = model(batch["tokens"], batch["position_ids"], batch["document_starts"], labels=batch["labels"])
     return output, partial(loss_function, batch["loss_mask"])  # type: ignore[arg-type]  # all have it where it is called
 
 

@@ -3,7 +3,12 @@
 import pytest
 import torch
 
-from archscale_megatron.ops.documents import check_document_starts, cumulative_lengths, document_ids
+from archscale_megatron.ops.documents import (
+    check_document_starts,
+    cumulative_lengths,
+    document_ids,
+    starts_of_documents,
+)
 
 
 @pytest.mark.parametrize("first_marked", [True, False])
@@ -21,3 +26,8 @@ def test_boundaries_and_ids(first_marked: bool) -> None:
 def test_wrong_starts_are_refused(starts: torch.Tensor) -> None:
     with pytest.raises(ValueError, match=r"give torch.bool \[s, b\] = \[4, 2\]"):
         check_document_starts(starts, 4, 2)
+
+
+def test_starts_of_documents() -> None:
+    tokens = torch.tensor([[7, 2, 2, 5, 2], [2, 5, 5, 5, 5]])
+    assert starts_of_documents(tokens, 2).t().tolist() == [[True, False, True, True, False], [True, True] + 3 * [False]]

@@ -25,13 +25,14 @@ OWN = {
 }
 SEQUENCE_LENGTH = 32
 GLOBAL_BATCH, MICRO_BATCH = 8, 2
+END_OF_DOCUMENT = 0
 
 
 @dataclass(frozen=True)
 class Layout:
     """Sizes of the parallel groups; `ep` divides the ranks of `tp` and `dp` together, `etp` is `tp` of the experts.
 
-    `overlap` hides data-parallel communication behind computation; `cuts` are the hybrid layers before which a stage
+    `varlen` has documents that end inside of the sequences; `overlap` hides data-parallel communication behind computation; `cuts` are the hybrid layers before which a stage
     starts (by compute if empty); `config` are further fields of the config. The auxiliary loss of experts is not linear
     in the micro-batches, so `micro_batch` is what a reference must agree in.
     """
@@ -46,6 +47,7 @@ class Layout:
     bf16: bool = False
     overlap: bool = False
     tied: bool = True
+    varlen: bool = False
     cuts: tuple[int, ...] = ()
     config: dict[str, Any] = field(default_factory=dict)
     micro_batch: int = MICRO_BATCH
@@ -90,6 +92,10 @@ LAYOUTS = {
     "chunked_loss_tp2": Layout(tp=2, config=CHUNKED),
     "chunked_loss_stp2_pp2": Layout(tp=2, pp=2, sp=True, config=CHUNKED | SMOOTHED),
     "chunked_loss_dp2_overlap": Layout(dp=2, overlap=True, tied=False, config=CHUNKED),
+    "varlen_recompute": Layout(varlen=True, config=RECOMPUTE),
+    "varlen_recompute_attention": Layout(varlen=True, config=RECOMPUTE_ATTENTION),
+    "varlen_pp2_vpp2": Layout(pp=2, vpp=2, varlen=True),
+    "varlen_stp2_pp2": Layout(tp=2, pp=2, sp=True, varlen=True),
     "pp2_bf16": Layout(pp=2, bf16=True, cuts=(11,)),
     "stp2_pp2_bf16": Layout(tp=2, pp=2, sp=True, bf16=True, cuts=(11,)),
     "pp4_uneven": Layout(pp=4, cuts=(9, 10, 11), families=EXPERTS),  # one stage has no experts
@@ -133,6 +139,8 @@ def reference_of(layout: Layout) -> str:
         return "single_smoothed"
     if layout.bf16:
         return "single_bf16"
+    if layout.varlen:
+        return "single_varlen"
     return "single" if layout.tied else "single_untied"
 
 
@@ -142,6 +150,7 @@ REFERENCES = {
     "single_bf16": Layout(bf16=True),
     "single_smoothed": Layout(config=SMOOTHED),
     "single_global": Layout(config=GLOBAL, micro_batch=2 * MICRO_BATCH, families=EXPERTS),
+    "single_varlen": Layout(varlen=True),
 }
 
 CASES = [(family, name) for name, layout in LAYOUTS.items() for family in layout.families]

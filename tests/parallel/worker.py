@@ -9,6 +9,7 @@ ranks: `loss.STEP`, `grad.STEP.NAME` (as the optimizer sees it) and `param.NAME`
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,10 @@ from archscale_megatron.archs.architecture import MOE  # noqa: E402
 from archscale_megatron.model.config import HybridConfig  # noqa: E402
 from archscale_megatron.model.spec import build_model  # noqa: E402
 from archscale_megatron.mup.initialization import named_global_parameters, partition_of  # noqa: E402
+from archscale_megatron.ops.documents import starts_of_documents  # noqa: E402
 from tests.model import building  # noqa: E402
 from tests.parallel.layouts import (  # noqa: E402
+    END_OF_DOCUMENT,
     GLOBAL_BATCH,
     LAYOUTS,
     REFERENCES,
@@ -111,11 +114,12 @@ def build_chunks(config: HybridConfig, layout: Layout) -> list[DistributedDataPa
     return chunks
 
 
-def forward_step(batches: Any, model: Any) -> tuple[Tensor, Any]:
+def forward_step(batches: Any, model: Any, varlen: bool) -> tuple[Tensor, Any]:
     """Mean loss of one micro-batch."""
     tokens = next(batches)
     positions = torch.arange(SEQUENCE_LENGTH).expand(len(tokens), -1)
-    losses = model(tokens[:, :-1], positions, None, labels=tokens[:, 1:])
+    starts = starts_of_documents(tokens[:, :-1], END_OF_DOCUMENT) if varlen else None
+    losses = model(tokens[:, :-1], positions, starts, labels=tokens[:, 1:])
     return losses, lambda out: (out.mean(), {"loss": out.detach().float().mean()})
 
 
@@ -145,12 +149,14 @@ def train(family: str, layout: Layout) -> dict[str, Tensor]:
     run: dict[str, Tensor] = {}
     for step in range(STEPS):
         tokens = torch.randint(TINY["vocab_size"], (GLOBAL_BATCH, SEQUENCE_LENGTH + 1), generator=generator)
+        if layout.varlen:  # documents of 6 tokens on average
+            tokens[torch.rand(tokens.shape, generator=generator) < 1 / 6] = END_OF_DOCUMENT
         micro_batches = tokens.split(layout.micro_batch)[mpu.get_data_parallel_rank() :: layout.dp]
         for chunk in chunks:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
         losses = get_forward_backward_func()(
-            forward_step_func=forward_step,
+            forward_step_func=partial(forward_step, varlen=layout.varlen),
             data_iterator=[iter(micro_batches) for _ in chunks] if layout.vpp > 1 else iter(micro_batches),
             model=chunks if layout.vpp > 1 else chunks[0],
             num_microbatches=len(micro_batches),

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from megatron.core.tokenizers.text.libraries.null_tokenizer import NullTokenizer
 from megatron.training import global_vars
 from megatron.training.arguments import core_transformer_config_from_args, parse_args
 
@@ -23,6 +24,7 @@ COMMON = ["--seq-length", "128", "--micro-batch-size", "1", "--train-iters", "1"
 NULL = ["--tokenizer-type", "NullTokenizer"]
 D16 = ["--train-model", "sambay", "--depth", "16"]
 MOE = ["--train-model", "sambay_gqa4_moe", "--depth", "16"]
+ROPE = ["--train-model", "samba", "--depth", "16"]
 TINY = ["--train-model", "sambay", "--depth", "8", "--aspect-ratio", "8", "--head-dim", "8", "--vocab-size", "128"]
 
 
@@ -134,6 +136,27 @@ def test_loss_of_a_large_vocabulary(parse: Parse, vocabulary: int, options: list
     assert (config.chunked_cross_entropy, config.label_smoothing) == (chunked, 0.1)
 
 
+def test_train_name_is_its_options(parse: Parse, capfd: pytest.CaptureFixture[str]) -> None:
+    """Of a model without positions the word rbase may be said, as in ArchScale; the option may not."""
+    options = ["--reset-at-eod", "--rotary-base", "640000"]
+    expected = build_architecture("samba", 16, rotary_base=640000)
+    for family, given, arch in (
+        (ROPE, ["--train-name", "scaling_tie_rbase_varlen"], expected),
+        (ROPE, ["--train-name", "scaling_tie_varlen", *options], expected),
+        (ROPE, options, expected),
+        (D16, ["--train-name", "scaling_tie_rbase_varlen"], build_architecture("sambay", 16)),
+        (ROPE, ["--train-name", "varlen_nope"], build_architecture("samba", 16, rope=False, tied_embeddings=False)),
+    ):
+        args = parse(*family, *given)
+        assert (args.architecture, args.reset_at_eod) == (arch, True), given
+        assert args.untie_embeddings_and_output_weights is not arch.tied_embeddings
+        assert args.rotary_base == (arch.rotary_base or args.rotary_base)
+        printed = [line for line in capfd.readouterr().out.splitlines() if line.startswith("--train-name ")]
+        assert len(printed) == ("--train-name" in given)
+        assert not printed or "reset_at_eod = True" in printed[0]
+        global_vars.unset_global_variables()
+
+
 REFUSED = [
     ([], "--train-model is required"),
     (["--train-model", "sambay"], "--depth is required"),
@@ -171,7 +194,11 @@ REFUSED = [
     ([*D16, "--global-batch-size", "3"], "must be a multiple of micro batch x data parallel size, 1 x 2 = 2"),
     ([*TINY, "--hybrid-layer-pattern", "m-W-"], "is not sambay at depth 8, which is m-W-m-W-m-"),
     ([*TINY, "--hybrid-layer-pattern", "m-W-m-W-m-||*-U-X-"], "none of them empty"),
-    ([*D16, "--reset-attention-mask"], "--reset-attention-mask True contradicts"),
+    ([*D16, "--reset-attention-mask"], "--reset-attention-mask True contradicts .* use --reset-at-eod"),
+    ([*D16, "--dataloader-inter-document-masking"], "contradicts .* use --reset-at-eod"),
+    ([*D16, "--reset-at-eod", "--allow-ambiguous-pad-tokens"], "may hide where documents end"),
+    ([*D16, "--train-name", "scaling_mup"], "--train-name scaling_mup: unknown word 'mup'; known are .*rbase"),
+    ([*ROPE, "--rotary-base", "10000", "--train-name", "scaling_rbase"], "--rotary-base 10000 contradicts --train-n"),
     ([*D16, "--attention-backend", "flash"], "contradicts"),
     ([*D16, "--label-smoothing", "1"], "--label-smoothing 1.0: must be 0 or more and less than 1"),
     ([*D16, "--cross-entropy", "chunked", "--cross-entropy-loss-fusion"], "-loss-fusion .* use --cross-entropy plain"),
@@ -221,6 +248,22 @@ def test_data_that_is_not_there(parse: Parse, capfd: pytest.CaptureFixture[str],
 def test_empty_dataset(parse: Parse, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     prefix = write_dataset(tmp_path / "empty", documents=0)
     refused(lambda: parse(*TINY, "--data-path", str(prefix), common=NO_MOCK), capfd, "empty: the dataset is empty")
+
+
+def test_documents_without_an_end(parse: Parse, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    prefix = write_dataset(tmp_path / "good", documents=1)
+    options = ["--data-path", str(prefix), "--reset-at-eod"]
+    assert parse(*TINY, *options, common=NO_MOCK).reset_at_eod
+    global_vars.unset_global_variables()
+    message = "the first document of .*good ends with token 127, not with .* 255; preprocess with --append-eod"
+    refused(lambda: parse(*TINY[:-1], "256", *options, common=NO_MOCK), capfd, message)
+
+
+def test_tokenizer_without_an_end_of_documents(
+    parse: Parse, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(NullTokenizer, "eod", None)
+    refused(lambda: parse(*TINY, "--reset-at-eod"), capfd, "the tokenizer NullTokenizer has no end-of-document token")
 
 
 def test_tokenizer_larger_than_the_model(parse: Parse, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:

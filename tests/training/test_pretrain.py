@@ -184,6 +184,26 @@ def test_run_directory_says_what_it_holds(undisturbed: Path) -> None:
     assert (stored["family"], stored["depth"], stored["pattern"]) == ("sambay", 8, "m-W-m-W-m-*-U-X-")
 
 
+def test_documents_reach_every_stage(tmp_path: Path) -> None:
+    """--reset-at-eod over 2 x 2 virtual stages, whose inner two read no batches otherwise, and 2 tensor-parallel ranks,
+    of which the second never reads any."""
+    short = write_dataset(tmp_path / "short", documents=200, characters=24)
+    plain = ("--hidden-dropout", "0", "--attention-dropout", "0", "--train-iters", "2", "--eval-interval", "2")
+    stages = (*FOUR, "--num-virtual-stages-per-pipeline-rank", "2")
+    launches = {
+        "one document": (1, ()),
+        "documents": (1, ("--train-name", "scaling_tie_varlen")),
+        "stages": (4, ("--reset-at-eod", *stages)),
+    }
+    losses = {}
+    for name, (processes, options) in launches.items():
+        torchrun(processes, *command(short, tmp_path / name, *plain, *options))
+        losses[name] = [scalars(tmp_path / name, f"lm loss{of}") for of in ("", " validation")]
+    for found, expected, without in zip(*(losses[n] for n in ("stages", "documents", "one document")), strict=True):
+        assert found == pytest.approx(expected, rel=1e-5)
+        assert without[2] != pytest.approx(expected[2], rel=1e-4)
+
+
 def test_bf16_with_virtual_stages_resumes_exactly(data: Path, tmp_path: Path) -> None:
     """Parameters of two dtypes (A_log stays fp32), and more than one model chunk a rank."""
     options = ("--pipeline-model-parallel-size", "2", "--num-virtual-stages-per-pipeline-rank", "2", "--bf16")
