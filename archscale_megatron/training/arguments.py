@@ -57,6 +57,7 @@ FIXED: dict[str, Any] = {
     **FIXED_EXPERTS,
 }  # fmt: skip
 RECOMPUTE_MODULES = ["core_attn"]
+# What does here what an option of those does in Megatron.
 INSTEAD = dict.fromkeys(
     ("reset_position_ids", "reset_attention_mask", "dataloader_inter_document_masking"), "--reset-at-eod"
 )
