@@ -2,6 +2,7 @@
 
 import functools
 from dataclasses import dataclass, replace
+from types import ModuleType
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from archscale_megatron.archs.architecture import MLP, MOE, SYMBOLS
 from archscale_megatron.archs.families import FAMILIES
-from archscale_megatron.layers import mamba1
+from archscale_megatron.layers import gated_delta_net, mamba1, mamba2, recurrent
 from archscale_megatron.ops.documents import starts_of_documents
 from tests.model.building import build
 from tests.model.test_reference import architecture, error, randomise
@@ -106,11 +107,21 @@ def test_a_layer_that_ignores_documents_is_noticed(family: str, symbol: str) -> 
     assert error(logits, expected.logits.double().cpu()) > NOTICED
 
 
-@pytest.mark.parametrize("op", ["causal_conv1d", "selective_scan"])
-def test_half_a_mamba_that_ignores_documents_is_noticed(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = alone("mamba")
-    whole = getattr(mamba1, op)
-    monkeypatch.setattr(mamba1, op, lambda *args, document_starts, **options: whole(*args, **options))
+@pytest.mark.parametrize(
+    ("family", "module", "op"),
+    [
+        ("mamba", mamba1, "selective_scan"),
+        ("mambay2", mamba2, "ssd"),
+        ("gdny", gated_delta_net, "gated_delta_rule"),
+        *((family, recurrent, "causal_conv1d") for family in ("mamba", "mambay2", "gdny")),
+    ],
+)
+def test_half_a_mixer_that_ignores_documents_is_noticed(
+    family: str, module: ModuleType, op: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = alone(family)
+    whole = getattr(module, op)
+    monkeypatch.setattr(module, op, lambda *args, document_starts, **options: whole(*args, **options))
     logits = packed_logits(expected.model)
     expected.model.zero_grad()
     assert error(logits, expected.logits.double().cpu()) > NOTICED

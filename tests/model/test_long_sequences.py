@@ -1,6 +1,7 @@
 """32,768 tokens of one sample, in many documents: no tensor and no peak of memory grows faster than the length."""
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,8 +15,8 @@ from tests.model.building import build
 pytestmark = pytest.mark.usefixtures("one_process")
 
 LENGTH = 32768
-DEPTH = {"samba": 2, "sambay": 8}  # between them, a layer of every kind
-LARGEST = 128  # elements a token; the most is 64, the output of an MLP's first projection
+DEPTH = {"samba": 2, "sambay": 8, "mambay2": 4, "gdny": 4}  # between them, a layer of every kind
+LARGEST = 256  # elements a token; the most is 152, the output of a Mamba-2's input projection
 
 
 @functools.cache
@@ -25,7 +26,7 @@ def recorded(family: str, length: int) -> MemoryRecorder:
         family, DEPTH[family], aspect_ratio=8 // DEPTH[family], head_dim=8, num_heads=2, num_kv_heads=1,
         local_window=128, vocab_size=32,
     )  # fmt: skip
-    model = build(arch)
+    model = build(replace(arch, mamba2_state_size=8, mamba2_head_dim=8, gdn_head_dim=8))
     generator = torch.Generator().manual_seed(3)
     tokens = torch.randint(arch.vocab_size, (1, length), generator=generator).cuda()
     starts = torch.rand(length, 1, generator=generator).cuda() < 1 / 100
