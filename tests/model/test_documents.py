@@ -14,7 +14,7 @@ from archscale_megatron.archs.families import FAMILIES
 from archscale_megatron.layers import gated_delta_net, mamba1, mamba2, recurrent
 from archscale_megatron.ops.documents import starts_of_documents
 from tests.model.building import build
-from tests.model.test_reference import architecture, error, randomise
+from tests.model.test_reference import MODELS, architecture, error, randomise
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
@@ -77,7 +77,7 @@ def alone(family: str) -> Alone:
     return Alone(model, torch.cat(rows), gradients(model))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MODELS)
 def test_a_packed_document_is_as_if_alone(family: str) -> None:
     expected = alone(family)
     logits = packed_logits(expected.model)

@@ -145,6 +145,13 @@ def test_train_name_is_its_options(parse: Parse, capfd: pytest.CaptureFixture[st
         (ROPE, ["--train-name", "scaling_tie_varlen", *options], expected),
         (ROPE, options, expected),
         (D16, ["--train-name", "scaling_tie_rbase_varlen"], build_architecture("sambay", 16)),
+        (
+            ROPE,
+            ["--train-name", "scaling_tie_varlen_ga_qknorm_bias"],
+            build_architecture(
+                "samba", 16, attention_gate=True, qk_norm=True, qkv_bias=True, attention_output_bias=True
+            ),
+        ),
         (ROPE, ["--train-name", "varlen_nope"], build_architecture("samba", 16, rope=False, tied_embeddings=False)),
     ):
         args = parse(*family, *given)

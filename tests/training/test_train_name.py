@@ -22,11 +22,11 @@ UNTIED = "untie_embeddings_and_output_weights"
         ),
         (
             "nope_bias",
-            {UNTIED: True, "position_embedding_type": "none", "qkv_bias": True, "attention_output_bias": True},
+            {UNTIED: True, "position_embedding_type": "none", "add_qkv_bias": True, "attention_output_bias": True},
         ),
         (
             "scaling_ga_qknorm_sgate_shexp",
-            {UNTIED: True, "attention_gate": True, "qk_norm": True, "sqrt_gate": True, "shared_expert": True},
+            {UNTIED: True, "attention_gate": True, "qk_layernorm": True, "sqrt_gate": True, "shared_expert": True},
         ),
     ],
 )
