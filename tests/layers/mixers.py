@@ -22,7 +22,7 @@ HIDDEN, LENGTH, BATCH = 16, 40, 2
 SPECS = {
     "mamba2": mamba2_spec(LocalSpecProvider(), heads=4, head_dim=6, state_size=10, conv_kernel=4),
     "gated_delta_net": gated_delta_net_spec(LocalSpecProvider(), heads=2, head_dim=6, conv_kernel=4),
-    "gmu": gmu_spec(LocalSpecProvider(), memory_size=24, normalize=True),
+    "gmu": gmu_spec(LocalSpecProvider(), memory_size=24, normalize=True, bias=False),
 }
 MEMORY_SIZE = 24  # of all three
 
