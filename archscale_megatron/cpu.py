@@ -155,6 +155,7 @@ def _generator() -> None:
     """
     cuda: Any = torch.cuda
     cuda._initialized = True
+    _answer(torch.cuda, "_is_in_bad_fork", False)  # nothing of CUDA's breaks in a forked process
     cuda.default_generators = _Generators()
     # The tracker warns when the CPU generator moves inside a fork of the GPU generator. Here it always does.
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(

@@ -7,9 +7,11 @@ the model cannot have is one too, before any process group is made.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import sys
 import traceback
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -110,22 +112,16 @@ def parse_arguments() -> argparse.Namespace:
 
     Exits with code 2 and one line on standard error if something is wrong.
     """
-    from megatron.training.arguments import parse_args, validate_args
+    from megatron.training.arguments import validate_args
     from megatron.training.global_vars import set_global_variables
 
     from archscale_megatron.data.datasets import check_data
     from archscale_megatron.training.run_directory import check_run_directories, write_architecture
 
-    parsers: list[argparse.ArgumentParser] = []
-
-    def provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        parsers.append(parser)
-        return add_arguments(parser)
-
-    args = parse_args(provider)
-    try:
-        apply_arguments(args, explicit_options(parsers[0]))
-        _check_schedule(args)
+    args, explicit = parse_command_line()
+    with exit_on_error("pretrain_archscale", args):
+        apply_arguments(args, explicit)
+        check_schedule(args)
         check_data(args)
         check_run_directories(args)
         validate_args(args)
@@ -133,13 +129,33 @@ def parse_arguments() -> argparse.Namespace:
         check_tokenizer(args)
         if args.save and args.rank == 0:
             write_architecture(args.save, args.architecture)
+    return args
+
+
+def parse_command_line() -> tuple[argparse.Namespace, dict[str, str]]:
+    """`sys.argv` as Megatron parses it, and what of it was given (see `explicit_options`)."""
+    from megatron.training.arguments import parse_args
+
+    parsers: list[argparse.ArgumentParser] = []
+
+    def provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        parsers.append(parser)
+        return add_arguments(parser)
+
+    return parse_args(provider), explicit_options(parsers[0])
+
+
+@contextlib.contextmanager
+def exit_on_error(program: str, args: argparse.Namespace) -> Iterator[None]:
+    """An error of the arguments ends the process with code 2, and on rank 0 with one line on standard error."""
+    try:
+        yield
     except (AssertionError, OSError, ValueError) as error:
         if args.rank == 0:
             # Some of Megatron's assertions have no message: then what it asserted.
             message = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
-            print(f"pretrain_archscale: error: {message}", file=sys.stderr, flush=True)
+            print(f"{program}: error: {message}", file=sys.stderr, flush=True)
         sys.exit(2)
-    return args
 
 
 def explicit_options(parser: argparse.ArgumentParser) -> dict[str, str]:
@@ -302,7 +318,8 @@ def _require(args: argparse.Namespace, *names: str) -> None:
             raise ArgumentError(f"--{name.replace('_', '-')} is required")
 
 
-def _check_schedule(args: argparse.Namespace) -> None:
+def check_schedule(args: argparse.Namespace) -> None:
+    """Raises ArgumentError if the learning rate or the length of the run is missing, or they contradict."""
     _require(args, "lr")
     if (args.train_iters is None) == (args.train_samples is None):
         raise ArgumentError("give one of --train-iters and --train-samples")

@@ -1,0 +1,80 @@
+"""What the fused kernels of a GPU keep for the backward pass, without computing anything: stand-ins for the ops.
+
+A dry run counts the memory of the kernels that train on a GPU (the extra `gpu`), not of the torch code that
+replaces them on a CPU. Each stand-in makes the tensors that its kernel makes, of the same shapes and dtypes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from archscale_megatron.ops import attention, causal_conv, selective_scan
+
+_SCAN_CHUNK = 2048  # steps between the states that mamba_ssm keeps (csrc/selective_scan/selective_scan.cpp, n_chunks)
+
+
+@contextlib.contextmanager
+def fused_kernels() -> Iterator[None]:
+    """flash-attn, causal-conv1d and mamba_ssm in the place of the ops' torch code, for bf16 and fp16 tensors."""
+    with (
+        _instead(attention, "_torch", _flash_attention),
+        _instead(causal_conv, "_torch", _causal_conv1d),
+        mock.patch.object(selective_scan, "_usable_backends", lambda x, with_starts: ["mamba_ssm"]),
+        mock.patch.object(selective_scan, "_mamba_ssm_scan", _mamba_ssm_scan),
+    ):
+        yield
+
+
+def _instead(module: Any, name: str, stand_in: Any) -> Any:
+    original = getattr(module, name)
+    half = (torch.float16, torch.bfloat16)
+    return mock.patch.object(module, name, lambda x, *rest: (stand_in if x.dtype in half else original)(x, *rest))
+
+
+class _Kernel(torch.autograd.Function):
+    """An operation that keeps its inputs and `kept`, and its output if `keep_output`."""
+
+    @staticmethod
+    def forward(ctx: Any, shape: tuple[int, ...], keep_output: bool, kept: list[Tensor], *inputs: Tensor) -> Tensor:
+        output = inputs[0].new_empty(shape)
+        ctx.save_for_backward(*inputs, *kept, *([output] if keep_output else []))
+        ctx.inputs = len(inputs)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad = grad.contiguous()
+        inputs = ctx.saved_tensors[: ctx.inputs]
+        needed = ctx.needs_input_grad[3:]
+        return None, None, None, *(torch.empty_like(x) if n else None for x, n in zip(inputs, needed, strict=True))
+
+
+def _flash_attention(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
+    """Keeps q, k, v, the output and the logarithms of the softmax's denominators, fp32 [b, heads, s]."""
+    s, b, heads, _ = query.shape
+    denominators = query.new_empty((b, heads, s), dtype=torch.float32)
+    return _Kernel.apply(query.shape[:3] + value.shape[3:], True, [denominators], query, key, value)
+
+
+def _causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, *_: Any) -> Tensor:
+    """Keeps its inputs; the activation is computed again."""
+    inputs = (x, weight) if bias is None else (x, weight, bias)
+    return _Kernel.apply(x.shape, False, [], *inputs)
+
+
+def _mamba_ssm_scan(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor | None
+) -> Tensor:
+    """Keeps its inputs, copied so that time is dense, and two states every `_SCAN_CHUNK` steps, fp32."""
+    (s, b, d), n = x.shape, A.shape[1]
+    inputs = [v.to(x.dtype).permute(1, 2, 0).contiguous() for v in (x, dt, B, C)]
+    states = x.new_empty((b, d, math.ceil(s / _SCAN_CHUNK), 2 * n), dtype=torch.float32)
+    small = [A, D] if dt_bias is None else [A, D, dt_bias]
+    return _Kernel.apply((b, d, s), False, [states], *inputs, *small).permute(2, 0, 1)
