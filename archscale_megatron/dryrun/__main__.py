@@ -51,6 +51,8 @@ def main() -> None:
     for name in ("nodes", "gpus_per_node"):
         if getattr(options, name) < 1:
             parser().error(f"--{name.replace('_', '-')} {getattr(options, name)}: must be 1 or more")
+    if options.json not in (None, "-") and not Path(options.json).parent.is_dir():
+        parser().error(f"--json {options.json}: there is no directory {Path(options.json).parent}")
     sys.argv[1:] = training
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(options.nodes * options.gpus_per_node)}
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a GPU has nothing to do here

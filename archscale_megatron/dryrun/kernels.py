@@ -26,7 +26,7 @@ def fused_kernels() -> Iterator[None]:
     with (
         _instead(attention, "_torch", _flash_attention),
         _instead(causal_conv, "_torch", _causal_conv1d),
-        mock.patch.object(selective_scan, "_usable_backends", lambda x, with_starts: ["mamba_ssm"]),
+        mock.patch.object(selective_scan, "_usable_backends", lambda *_: ["mamba_ssm"]),
         mock.patch.object(selective_scan, "_mamba_ssm_scan", _mamba_ssm_scan),
     ):
         yield
@@ -58,7 +58,7 @@ class _Kernel(torch.autograd.Function):
 
 def _flash_attention(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
     """Keeps q, k, v, the output and the logarithms of the softmax's denominators, fp32 [b, heads, s]."""
-    s, b, heads, _ = query.shape
+    s, b, heads = query.shape[:3]
     denominators = query.new_empty((b, heads, s), dtype=torch.float32)
     return _Kernel.apply(query.shape[:3] + value.shape[3:], True, [denominators], query, key, value)
 

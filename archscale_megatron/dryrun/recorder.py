@@ -62,12 +62,12 @@ class Recorder(TorchDispatchMode):
         result = func(*args, **kwargs or {})
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
-                self._follow(leaf.untyped_storage())
+                self._follow(leaf.untyped_storage(), args)
         return result
 
-    def _follow(self, storage: torch.UntypedStorage) -> None:
+    def _follow(self, storage: torch.UntypedStorage, args: Any) -> None:
         key = storage._cdata
-        if key not in self._known:
+        if key not in self._known and key not in storages_of(a for a in tree_leaves(args) if isinstance(a, Tensor)):
             self._known[key] = storage.nbytes()
             self.live += storage.nbytes()
             self.peak = max(self.peak, self.live)

@@ -10,6 +10,7 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 
 from archscale_megatron.archs.architecture import PIPE
 from archscale_megatron.archs.counts import layer_flops, output_flops
+from archscale_megatron.dryrun.bubble import bubble
 from archscale_megatron.dryrun.stage import Stage
 
 VOCABULARY_PARAMETERS = ("embedding.word_embeddings.weight", "output_layer.weight")
@@ -55,21 +56,12 @@ def summary(args: argparse.Namespace, stages: list[Stage], kernels: str) -> dict
 
 
 def bubbles(args: argparse.Namespace, microbatches: int) -> tuple[float, float]:
-    """Idle time as a fraction of the ideal time of a step, with stages that take equally long, and with these.
-
-    Equal: (p - 1) / (m v) for p stages of v segments and m micro-batches (arXiv 2104.04473, section 2.2). With times
-    t_i proportional to the stages' FLOPs, the slowest works m micro-batches, and waits for one segment of each other:
-    m max(t) + (sum(t) - max(t)) / v, against m sum(t) / p. Communication takes no time in either.
-    """
+    """The pipeline bubble if all stages took equally long, and with times in proportion to their FLOPs."""
     arch, pp = args.architecture, args.pipeline_model_parallel_size
     segments = args.hybrid_layer_pattern.split(PIPE)
     flops = [sum(layer_flops(arch, symbol, args.seq_length) for symbol in segment) for segment in segments]
     flops[-1] += output_flops(arch)
-    times = [sum(flops[stage::pp]) for stage in range(pp)]
-    virtual = len(segments) // pp
-    slowest, total = max(times), sum(times)
-    actual = (microbatches * slowest + (total - slowest) / virtual) / (microbatches * total / pp) - 1
-    return (pp - 1) / (microbatches * virtual), actual
+    return bubble([1.0] * len(segments), pp, microbatches), bubble(flops, pp, microbatches)
 
 
 def table(found: dict[str, Any]) -> str:

@@ -16,6 +16,7 @@ from megatron.core.enums import ModelType
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config, unwrap_model
+from megatron.training import get_args
 from megatron.training.arguments import core_transformer_config_from_args
 from megatron.training.initialize import initialize_megatron
 from megatron.training.training import setup_model_and_optimizer
@@ -88,13 +89,12 @@ def run_stage(args: argparse.Namespace, index: int, kernels: str) -> Stage:
     )
 
 
-def _without_initial_values(*flags: Any, config: Any = None, **options: Any) -> Any:
-    from megatron.training import get_args
-
-    config = core_transformer_config_from_args(get_args(), HybridConfig)
-    config.layer_pattern = get_args().hybrid_layer_pattern
+def _without_initial_values(**options: Any) -> Any:
+    args = get_args()
+    config = core_transformer_config_from_args(args, HybridConfig)
+    config.layer_pattern = args.hybrid_layer_pattern
     config.init_model_with_meta_device = True
-    return model_provider(*flags, config=config, **options)
+    return model_provider(**options | {"config": config})
 
 
 def _forward_backward(args: argparse.Namespace, model: list[Any], optimizer: Any, recorder: Recorder) -> Counter[str]:

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import pretrain_archscale  # noqa: E402  # puts the CPU in the GPU's place
 
+# isort: split
 import torch  # noqa: E402
 from megatron.training import training  # noqa: E402
 

@@ -38,7 +38,7 @@ def _dry_run(options: list[str], directory: Path) -> tuple[int, Any]:
     if (child := os.fork()) == 0:
         os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        sys.argv = ["dryrun", *options, "--json", str(result)]
+        sys.argv = ["dryrun", "--json", str(result), *options]
         try:
             main()
         except SystemExit as end:

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from archscale_megatron.archs.architecture import Architecture
-from archscale_megatron.archs.counts import parameters
 from archscale_megatron.archs.build import build_architecture
+from archscale_megatron.archs.counts import parameters
 from archscale_megatron.model.payload import packed_width
 from archscale_megatron.model.pipeline import payloads
 from tests.dryrun.runs import dry_runs
@@ -40,100 +40,6 @@ FULL_SIZE: dict[str, tuple[str, int, dict[str, Any], list[str]]] = {
 }  # fmt: skip
 
 
-def options_of(name: str) -> list[str]:
-    family, depth, overrides, layout = FULL_SIZE[name]
-    words = ["--train-model", family, "--depth", str(depth), *COMMON, *layout]
-    if "vocab_size" in overrides:
-        words += ["--vocab-size", str(overrides["vocab_size"])]
-    if not overrides.get("tied_embeddings", True):
-        words.append("--untie-embeddings-and-output-weights")
-    return words
-
-
-def architecture_of(name: str) -> Architecture:
-    family, depth, overrides, _ = FULL_SIZE[name]
-    return build_architecture(family, depth, **overrides)
-
-
-@pytest.fixture(scope="module")
-def full_size() -> dict[str, dict[str, Any]]:
-    results = {}
-    for name, (code, result) in zip(FULL_SIZE, dry_runs([options_of(name) for name in FULL_SIZE]), strict=True):
-        assert code == 0, result
-        results[name] = result
-    return results
-
-
-@pytest.mark.parametrize("name", FULL_SIZE)
-def test_parameters_of_all_stages_are_the_architectures(full_size: dict[str, Any], name: str) -> None:
-    found, arch = full_size[name], architecture_of(name)
-    assert found["parameters"] == parameters(arch)
-    rows = -arch.vocab_size % 64  # 64 is a multiple of all tensor-parallel sizes here
-    assert found["vocabulary_padding"] == rows * arch.hidden_size * (1 if arch.tied_embeddings else 2)
-    stages = found["stages"]
-    copied = arch.tied_embeddings and len(stages) > 1
-    assert found["tied_copies"] == copied * (arch.vocab_size + rows) * arch.hidden_size
-    assert "|".join(stage["layers"] for stage in stages).replace("|", "") != ""
-    ranks = found["layout"]["ranks"]
-    assert [stage["rank"] for stage in stages] == [i * ranks // len(stages) for i in range(len(stages))]
-
-
-@pytest.mark.parametrize("name", FULL_SIZE)
-def test_resident_memory(full_size: dict[str, Any], name: str) -> None:
-    """Weights in bf16, gradients in fp32; fp32 master weights and two moments, divided by the data-parallel ranks with
-    the distributed optimizer. Mamba-1's few fp32 parameters (at most 4 % of a stage, and no master weights) and the
-    buffers' padding are the tolerance."""
-    data_parallel = full_size[name]["layout"]["data_parallel_size"]
-    share = data_parallel if "--use-distributed-optimizer" in FULL_SIZE[name][3] else 1
-    for stage in full_size[name]["stages"]:
-        n, memory = stage["parameters"], stage["memory"]
-        assert memory["parameters"] == pytest.approx(2 * n, rel=0.04)
-        assert memory["gradients"] == pytest.approx(4 * n, rel=0.001)
-        assert memory["optimizer"] == pytest.approx(12 * n / share, rel=0.02)
-        assert stage["memory_total"] == sum(memory.values())
-
-
-@pytest.mark.parametrize("name", FULL_SIZE)
-def test_data_parallel_messages(full_size: dict[str, Any], name: str) -> None:
-    """Rings: reduce-scatter of the gradients and all-gather of the weights, or all-reduce of the gradients."""
-    n = full_size[name]["layout"]["data_parallel_size"]
-    for stage in full_size[name]["stages"]:
-        gradients, weights = stage["memory"]["gradients"], stage["memory"]["parameters"]
-        moved = gradients + weights if "--use-distributed-optimizer" in FULL_SIZE[name][3] else 2 * gradients
-        assert stage["sent"].get("DP", 0) == pytest.approx((n - 1) / n * moved, rel=1e-6)
-
-
-@pytest.mark.parametrize("name", ["sambay_128_nodes", "padded_vocabulary"])
-def test_pipeline_messages(full_size: dict[str, Any], name: str) -> None:
-    """A stage sends its output forward and as much as its input backward, fp32 words of hidden channels and shared
-    state; a tied embedding's fp32 gradient is summed over two stages."""
-    found, arch, layout = full_size[name], architecture_of(name), full_size[name]["layout"]
-    tp, sequence_parallel = layout["tensor_model_parallel_size"], "--sequence-parallel" in FULL_SIZE[name][3]
-    config = config_of(
-        arch, torch.bfloat16, tensor_model_parallel_size=tp, sequence_parallel=sequence_parallel and tp > 1
-    )
-    crossing = payloads(arch, "|".join(stage["layers"] for stage in found["stages"]))
-    tokens = layout["micro_batches"] * BATCH * SEQUENCE // (tp if sequence_parallel else 1)
-    boundaries = [4 * packed_width(arch, payload, config) * tokens for payload in crossing]
-    embedding = 4 * (arch.vocab_size + -arch.vocab_size % 64) * arch.hidden_size // tp
-    last = len(found["stages"]) - 1
-    for number, stage in enumerate(found["stages"]):
-        expected = sum(boundaries[max(0, number - 1) : number + 1]) + (embedding if number in (0, last) else 0)
-        assert stage["sent"]["PP"] == expected
-
-
-def test_tensor_parallel_messages(full_size: dict[str, Any]) -> None:
-    """Without sequence parallelism: two all-reduces a layer and pass, of bf16 [s, b, h]; one of the embedding, and one
-    of the output layer's input gradient; three fp32 numbers a token in the loss. Ids and mask are broadcast."""
-    found, arch = full_size["untied_interleaved"], architecture_of("untied_interleaved")
-    tokens = found["layout"]["micro_batches"] * BATCH * SEQUENCE
-    width = 2 * arch.hidden_size * tokens
-    for stage in found["stages"]:
-        layers = len(stage["layers"].replace("|", ""))
-        ends = width + 3 * 4 * tokens if stage is found["stages"][-1] else width
-        assert stage["sent"]["TP"] == pytest.approx(2 * layers * width + ends, rel=0.01)
-
-
 TINY = [
     "--depth", "8", "--aspect-ratio", "16", "--head-dim", "16", "--num-kv-heads", "2", "--local-window", "64",
     "--vocab-size", "512", "--seq-length", "256", "--micro-batch-size", "2", "--global-batch-size", "8", "--bf16",
@@ -151,14 +57,101 @@ MEASURED = {
 }  # fmt: skip
 
 
+def options_of(name: str) -> list[str]:
+    family, depth, overrides, layout = FULL_SIZE[name]
+    words = ["--train-model", family, "--depth", str(depth), *COMMON, *layout]
+    if "vocab_size" in overrides:
+        words += ["--vocab-size", str(overrides["vocab_size"])]
+    if not overrides.get("tied_embeddings", True):
+        words.append("--untie-embeddings-and-output-weights")
+    return words
+
+
+def architecture_of(name: str) -> Architecture:
+    family, depth, overrides, _ = FULL_SIZE[name]
+    return build_architecture(family, depth, **overrides)
+
+
 @pytest.fixture(scope="module")
-def estimates() -> dict[str, dict[str, Any]]:
-    cases = [["--gpus-per-node", "2", "--kernels", "torch", *TINY, *layout] for layout in MEASURED.values()]
-    return dict(zip(MEASURED, (result for _, result in dry_runs(cases)), strict=True))
+def found() -> dict[str, dict[str, Any]]:
+    cases = {name: options_of(name) for name in FULL_SIZE}
+    cases |= {name: ["--gpus-per-node", "2", "--kernels", "torch", *TINY, *MEASURED[name]] for name in MEASURED}
+    results = dict(zip(cases, dry_runs(list(cases.values())), strict=True))
+    assert all(code == 0 for code, _ in results.values()), results
+    return {name: result for name, (_, result) in results.items()}
+
+
+@pytest.mark.parametrize("name", FULL_SIZE)
+def test_parameters_of_all_stages_are_the_architectures(found: dict[str, Any], name: str) -> None:
+    result, arch = found[name], architecture_of(name)
+    assert result["parameters"] == parameters(arch)
+    rows = -arch.vocab_size % 64  # 64 is a multiple of all tensor-parallel sizes here
+    assert result["vocabulary_padding"] == rows * arch.hidden_size * (1 if arch.tied_embeddings else 2)
+    stages = result["stages"]
+    copied = arch.tied_embeddings and len(stages) > 1
+    assert result["tied_copies"] == copied * (arch.vocab_size + rows) * arch.hidden_size
+    ranks = result["layout"]["ranks"]
+    assert [stage["rank"] for stage in stages] == [i * ranks // len(stages) for i in range(len(stages))]
+
+
+@pytest.mark.parametrize("name", FULL_SIZE)
+def test_resident_memory(found: dict[str, Any], name: str) -> None:
+    """Weights in bf16, gradients in fp32; fp32 master weights and two moments, divided by the data-parallel ranks with
+    the distributed optimizer. Mamba-1's few fp32 parameters (at most 4 % of a stage, and no master weights) and the
+    buffers' padding are the tolerance."""
+    data_parallel = found[name]["layout"]["data_parallel_size"]
+    share = data_parallel if "--use-distributed-optimizer" in FULL_SIZE[name][3] else 1
+    for stage in found[name]["stages"]:
+        n, memory = stage["parameters"], stage["memory"]
+        assert memory["parameters"] == pytest.approx(2 * n, rel=0.04)
+        assert memory["gradients"] == pytest.approx(4 * n, rel=0.001)
+        assert memory["optimizer"] == pytest.approx(12 * n / share, rel=0.02)
+        assert stage["memory_total"] == sum(memory.values())
+
+
+@pytest.mark.parametrize("name", FULL_SIZE)
+def test_data_parallel_messages(found: dict[str, Any], name: str) -> None:
+    """Rings: reduce-scatter of the gradients and all-gather of the weights, or all-reduce of the gradients."""
+    n = found[name]["layout"]["data_parallel_size"]
+    for stage in found[name]["stages"]:
+        gradients, weights = stage["memory"]["gradients"], stage["memory"]["parameters"]
+        moved = gradients + weights if "--use-distributed-optimizer" in FULL_SIZE[name][3] else 2 * gradients
+        assert stage["sent"].get("DP", 0) == pytest.approx((n - 1) / n * moved, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sambay_128_nodes", "padded_vocabulary"])
+def test_pipeline_messages(found: dict[str, Any], name: str) -> None:
+    """A stage sends its output forward and as much as its input backward, fp32 words of hidden channels and shared
+    state; a tied embedding's fp32 gradient is summed over two stages."""
+    stages, arch, layout = found[name]["stages"], architecture_of(name), found[name]["layout"]
+    tp, sequence_parallel = layout["tensor_model_parallel_size"], "--sequence-parallel" in FULL_SIZE[name][3]
+    config = config_of(
+        arch, torch.bfloat16, tensor_model_parallel_size=tp, sequence_parallel=sequence_parallel and tp > 1
+    )
+    crossing = payloads(arch, "|".join(stage["layers"] for stage in stages))
+    tokens = layout["micro_batches"] * BATCH * SEQUENCE // (tp if sequence_parallel else 1)
+    boundaries = [4 * packed_width(arch, payload, config) * tokens for payload in crossing]
+    embedding = 4 * (arch.vocab_size + -arch.vocab_size % 64) * arch.hidden_size // tp
+    last = len(stages) - 1
+    for number, stage in enumerate(stages):
+        expected = sum(boundaries[max(0, number - 1) : number + 1]) + (embedding if number in (0, last) else 0)
+        assert stage["sent"]["PP"] == expected
+
+
+def test_tensor_parallel_messages(found: dict[str, Any]) -> None:
+    """Without sequence parallelism: two all-reduces a layer and pass, of bf16 [s, b, h]; one of the embedding, and one
+    of the output layer's input gradient; three fp32 numbers a token in the loss. Ids and mask are broadcast."""
+    result, arch = found["untied_interleaved"], architecture_of("untied_interleaved")
+    tokens = result["layout"]["micro_batches"] * BATCH * SEQUENCE
+    width = 2 * arch.hidden_size * tokens
+    for stage in result["stages"]:
+        layers = len(stage["layers"].replace("|", ""))
+        ends = width + 3 * 4 * tokens if stage is result["stages"][-1] else width
+        assert stage["sent"]["TP"] == pytest.approx(2 * layers * width + ends, rel=0.01)
 
 
 @pytest.mark.parametrize("name", MEASURED)
-def test_estimate_is_what_training_takes(estimates: dict[str, Any], name: str, tmp_path: Path) -> None:
+def test_estimate_is_what_training_takes(found: dict[str, Any], name: str, tmp_path: Path) -> None:
     """Two steps of pretrain_archscale.py on two processes. torch's allocator is the reference, except under tensor
     parallelism, where gloo allocates copies of what it sums: there the tensors are counted.
 
@@ -167,7 +160,7 @@ def test_estimate_is_what_training_takes(estimates: dict[str, Any], name: str, t
     training = ["--mock-data", "--tokenizer-type", "NullTokenizer", "--lr", "1e-3", "--train-iters", "2",
                 "--eval-iters", "0", "--num-workers", "0"]  # fmt: skip
     torchrun(2, "tests/dryrun/measured_pretrain.py", str(tmp_path), *TINY, *MEASURED[name], *training)
-    for stage in estimates[name]["stages"]:
+    for stage in found[name]["stages"]:
         measured = json.loads((tmp_path / f"{stage['rank']}.json").read_text())
         of = measured["recorder" if name == "tensor" else "allocator"]
         assert stage["memory"]["activations"] == pytest.approx(of["activations"], rel=0.1)

@@ -1,0 +1,79 @@
+"""What the stand-ins of fused kernels keep, and that nothing else changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from archscale_megatron.dryrun.kernels import fused_kernels
+from archscale_megatron.dryrun.recorder import Recorder
+from archscale_megatron.ops.attention import attention
+from archscale_megatron.ops.causal_conv import causal_conv1d
+from archscale_megatron.ops.selective_scan import selective_scan
+
+S, B, D, N = 96, 2, 8, 4  # tokens, batch, channels, state size
+
+
+def leaf(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.rand(shape, dtype=dtype).neg_().requires_grad_()
+
+
+def attend(dtype: torch.dtype = torch.bfloat16) -> tuple[Callable[..., Tensor], list[Tensor]]:
+    inputs = [leaf(S, B, heads, D, dtype=dtype) for heads in (4, 2, 2)]
+    return lambda q, k, v: attention(q, k, v, softmax_scale=0.3, window=16), inputs
+
+
+def convolve(dtype: torch.dtype = torch.bfloat16) -> tuple[Callable[..., Tensor], list[Tensor]]:
+    return causal_conv_of, [leaf(S, B, D, dtype=dtype), leaf(D, 1, 4, dtype=dtype), leaf(D, dtype=dtype)]
+
+
+def causal_conv_of(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return causal_conv1d(x, weight, bias)
+
+
+def scan(dtype: torch.dtype = torch.bfloat16) -> tuple[Callable[..., Tensor], list[Tensor]]:
+    shapes = [(S, B, D), (S, B, D), (D, N), (S, B, N), (S, B, N), (D,), (D,)]
+    fp32 = (2, 5, 6)
+    return selective_scan, [leaf(*shape, dtype=torch.float32 if i in fp32 else dtype) for i, shape in enumerate(shapes)]
+
+
+KEPT = {
+    # the output, and a fp32 number a head and token
+    "attention": (attend, 2 * S * B * 4 * D + 4 * S * B * 4),
+    "convolution": (convolve, 2 * S * B * D),
+    # the output; copies of x, dt, B and C; two fp32 states of each channel for up to 2048 tokens
+    "scan": (scan, 2 * S * B * (D + 2 * D + 2 * N) + 4 * B * D * 2 * N),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_stand_in_keeps_what_the_kernel_keeps(name: str) -> None:
+    build, kept = KEPT[name]
+    operation, inputs = build()
+    expected = operation(*inputs)
+    with fused_kernels(), Recorder({}) as recorder:
+        output = operation(*inputs)
+        assert recorder.live == kept
+    assert (output.shape, output.dtype) == (expected.shape, expected.dtype)
+    output.sum().backward()
+    for x in inputs:
+        assert x.grad is not None and x.grad.shape == x.shape
+
+
+@pytest.mark.parametrize("build", [attend, convolve])
+def test_fp32_has_no_fused_kernel(build: Callable) -> None:
+    operation, inputs = build(torch.float32)
+    expected = operation(*inputs)
+    with fused_kernels():
+        torch.testing.assert_close(operation(*inputs), expected, rtol=0, atol=0)
+
+
+def test_ops_are_themselves_again() -> None:
+    operation, inputs = scan()
+    expected = operation(*inputs)
+    with pytest.raises(RuntimeError, match="stop"), fused_kernels():
+        raise RuntimeError("stop")
+    torch.testing.assert_close(operation(*inputs), expected, rtol=0, atol=0)
