@@ -16,7 +16,7 @@ def test_bubbles_of_a_layout() -> None:
     """Two virtual stages each; the last segment has the output layer, so that the last stage is the slowest."""
     arch = build_architecture("transformer", 8)
     args = Namespace(architecture=arch, hybrid_layer_pattern="|".join(["*-*-"] * 4), seq_length=1024,
-                     pipeline_model_parallel_size=2)  # fmt: skip
+                     pipeline_model_parallel_size=2, microbatch_group_size_per_vp_stage=None)  # fmt: skip
     equal, actual = bubbles(args, 4)
     assert equal == pytest.approx(1 / (4 * 2))
     layer = 2 * (layer_flops(arch, "*", 1024) + layer_flops(arch, "-", 1024))
