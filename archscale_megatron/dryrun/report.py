@@ -61,8 +61,8 @@ def bubbles(args: argparse.Namespace, microbatches: int) -> tuple[float, float]:
     segments = args.hybrid_layer_pattern.split(PIPE)
     flops = [sum(layer_flops(arch, symbol, args.seq_length) for symbol in segment) for segment in segments]
     flops[-1] += output_flops(arch)
-    group = args.microbatch_group_size_per_vp_stage
-    return tuple(bubble(times, pp, microbatches, group) for times in ([1.0] * len(flops), flops))  # type: ignore[return-value]
+    schedule = pp, microbatches, args.microbatch_group_size_per_vp_stage
+    return bubble([1.0] * len(segments), *schedule), bubble(flops, *schedule)
 
 
 def table(found: dict[str, Any]) -> str:

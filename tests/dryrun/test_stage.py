@@ -35,6 +35,10 @@ FULL_SIZE: dict[str, tuple[str, int, dict[str, Any], list[str]]] = {
     "padded_vocabulary": ("samba", 8, {"vocab_size": 50257}, [
         "--pipeline-model-parallel-size", "8", "--global-batch-size", "16",
     ]),
+    "phi4miniflash": ("phi4miniflash", 32, {}, [
+        "--nodes", "128", "--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "4",
+        "--use-distributed-optimizer", "--global-batch-size", "1024",
+    ]),
     "one_rank": ("swayoco", 8, {"vocab_size": 100}, ["--gpus-per-node", "1", "--global-batch-size", "2"]),
     "data_parallel": ("mamba", 8, {}, ["--nodes", "2", "--global-batch-size", "64"]),
 }  # fmt: skip
@@ -92,6 +96,11 @@ def test_parameters_of_all_stages_are_the_architectures(found: dict[str, Any], n
     assert result["tied_copies"] == copied * (arch.vocab_size + rows) * arch.hidden_size
     ranks = result["layout"]["ranks"]
     assert [stage["rank"] for stage in stages] == [i * ranks // len(stages) for i in range(len(stages))]
+
+
+def test_parameters_of_phi4miniflash(found: dict[str, Any]) -> None:
+    """microsoft/Phi-4-mini-flash-reasoning on Hugging Face has as many."""
+    assert found["phi4miniflash"]["parameters"] == 3_852_562_944
 
 
 @pytest.mark.parametrize("name", FULL_SIZE)
