@@ -32,9 +32,10 @@ END_OF_DOCUMENT = 0
 class Layout:
     """Sizes of the parallel groups; `ep` divides the ranks of `tp` and `dp` together, `etp` is `tp` of the experts.
 
-    `varlen` has documents that end inside of the sequences; `overlap` hides data-parallel communication behind computation; `cuts` are the hybrid layers before which a stage
-    starts (by compute if empty); `config` are further fields of the config. The auxiliary loss of experts is not linear
-    in the micro-batches, so `micro_batch` is what a reference must agree in.
+    `varlen` has documents that end inside of the sequences; `overlap` hides data-parallel communication behind
+    computation; `cuts` are the hybrid layers before which a stage starts (by compute if empty); `config` are further
+    fields of the config. The auxiliary loss of experts is not linear in the micro-batches, so `micro_batch` is what a
+    reference must agree in.
     """
 
     tp: int = 1
