@@ -111,7 +111,7 @@ def _family(name: str, depth: int) -> Family:
     if name not in FAMILIES:
         close = difflib.get_close_matches(name, FAMILIES, n=4, cutoff=0.5)
         advice = f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(sorted(FAMILIES))}"
-        raise ValueError(f"--train-model {name}: unknown family; {advice}")
+        raise ValueError(f"{name}: unknown family; {advice}")
     if depth < 1:
         raise ValueError(f"--depth {depth}: must be a positive integer")
     multiple = FAMILIES[name](depth).depth_multiple

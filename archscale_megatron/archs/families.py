@@ -79,8 +79,10 @@ def samba(depth: int) -> Family:
 
 
 def sambay(depth: int) -> Family:
-    """Samba; one Mamba that writes the memory, one full attention that writes the keys and values;
-    then GMUs that read the memory and cross attentions that read the keys and values. No positions."""
+    """Half of Samba, then GMUs that read its memory and cross attentions that share keys and values. No positions.
+
+    Between the two a Mamba-1 writes the memory, and a full attention the keys and values.
+    """
     return _decoder_hybrid_decoder("m-W-", "m", depth, aspect_ratio=124)
 
 
@@ -152,7 +154,7 @@ def sambayoco(depth: int) -> Family:
 
 
 def swayoco(depth: int) -> Family:
-    """Sliding-window attention, a full attention that writes the keys and values (after RoPE), cross attention."""
+    """Sliding-window attention, one full attention, then cross attentions to its keys and values, with RoPE."""
     pattern = "W-" * (depth // 2 + 1) + "*-" + "X-" * (depth // 2 - 2)
     return Family(pattern=pattern, aspect_ratio=130, depth_multiple=4)
 

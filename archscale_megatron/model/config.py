@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from archscale_megatron.archs.architecture import Architecture, Payload
+from archscale_megatron.archs.splits import payloads
 from archscale_megatron.model.payload import packed_width
-from archscale_megatron.model.pipeline import payloads
 
 
 @dataclass

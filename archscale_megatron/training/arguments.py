@@ -19,10 +19,11 @@ from megatron.core.transformer.enums import AttnBackend
 
 from archscale_megatron import cpu
 from archscale_megatron.archs.architecture import MOE, PIPE, Architecture
-from archscale_megatron.archs.build import EXPERT_OPTIONS, build_architecture
+from archscale_megatron.archs.build import build_architecture
 from archscale_megatron.archs.families import FAMILIES
+from archscale_megatron.archs.options import add_overrides, overrides
+from archscale_megatron.archs.splits import split_by_compute
 from archscale_megatron.layers.backend import backend_for
-from archscale_megatron.model.pipeline import split_by_compute
 from archscale_megatron.training.experts import (
     EXPERT_RECOMPUTE_MODULES,
     FIXED_EXPERTS,
@@ -66,15 +67,7 @@ INSTEAD = dict.fromkeys(
 CHUNKED_ABOVE = 100_000  # entries of the vocabulary, as in ArchScale
 # Options of Megatron's that reach its output layer and loss alone, which the chunked loss goes without.
 PLAIN_LOSS_ONLY = ("cross_entropy_loss_fusion", "defer_embedding_wgrad_compute", "tensor_parallel_num_weight_shards")
-# Flags of ours that change what a family has: field of `Options` -> help.
-OUR_OPTIONS = {
-    "differential_attention": "differences of pairs of attention maps",
-    "attention_gate": "gate each attention head",
-    "attention_sink": "a learned logit a head that takes attention from the tokens",
-    "attention_output_bias": "bias of the attention's output projection",
-    "linear_bias": "biases of the projections of MLPs and GMUs",
-}
-# The same of Megatron's: attribute -> field of `Options`.
+# Megatron's flags that change what a family has: attribute -> field of `Options`.
 MEGATRON_OPTIONS = {"normalization": "normalization", "qk_layernorm": "qk_norm", "add_qkv_bias": "qkv_bias"}
 
 
@@ -87,11 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group = parser.add_argument_group("archscale", "the architecture, and overrides of its family's numbers")
     group.add_argument("--train-model", help=f"architecture family (required): {', '.join(FAMILIES)}")
     group.add_argument("--depth", type=int, help="layers, each a mixer and an MLP (required)")
-    group.add_argument("--aspect-ratio", type=int, help="hidden size / depth")
-    group.add_argument("--head-dim", type=int, help="size of an attention head (128)")
-    group.add_argument("--num-heads", type=int, help="attention heads (the depth)")
-    group.add_argument("--num-kv-heads", type=int, help="key-value heads (a quarter of the heads)")
-    group.add_argument("--local-window", type=int, help="tokens that sliding-window attention sees")
+    add_overrides(group)
     group.add_argument(
         "--cross-entropy",
         choices=("auto", "plain", "chunked"),
@@ -99,8 +88,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help=f"the loss from all logits, or from blocks of the vocabulary; auto: that above {CHUNKED_ABOVE:,} entries",
     )
     group.add_argument("--label-smoothing", type=float, default=0.0, help="in training and validation loss (0)")
-    for name, meaning in OUR_OPTIONS.items():
-        group.add_argument(f"--{name.replace('_', '-')}", action="store_true", default=None, help=meaning)
     add_expert_arguments(group)
     group.add_argument("--reset-at-eod", action="store_true", help="no layer looks beyond an end-of-document token")
     group.add_argument("--train-name", help="an ArchScale run name, such as scaling_tie_varlen: its words are options")
@@ -180,19 +167,13 @@ def apply_arguments(args: argparse.Namespace, explicit: dict[str, str]) -> None:
         arch = args.architecture = build_architecture(
             args.train_model,
             args.depth,
-            aspect_ratio=args.aspect_ratio,
-            head_dim=args.head_dim,
-            num_heads=args.num_heads,
-            num_kv_heads=args.num_kv_heads,
-            local_window=args.local_window,
             rope=_rope(args, explicit),
             rotary_base=args.rotary_base if "rotary_base" in explicit else None,
             context_length=args.seq_length,
             vocab_size=args.vocab_size,
             tied_embeddings=not args.untie_embeddings_and_output_weights,
-            **{name: getattr(args, name) for name in OUR_OPTIONS},
+            **overrides(args),
             **{field: getattr(args, name) for name, field in MEGATRON_OPTIONS.items() if name in explicit},
-            **{name: getattr(args, name) for name in EXPERT_OPTIONS},
         )
     except ValueError as error:
         raise ArgumentError(str(error)) from None

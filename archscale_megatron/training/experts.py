@@ -22,15 +22,7 @@ AUX_LOSS_COEFFICIENT = 1e-3  # ArchScale's default
 
 
 def add_expert_arguments(group: argparse._ArgumentGroup) -> None:
-    """ArchScale's options of experts; the rest is Megatron's group `moe`."""
-    group.add_argument("--sparsity", type=int, help="experts / experts of a token (8)")
-    group.add_argument("--top-k", type=int, help="experts of a token, each 1 / top-k of an MLP (8)")
-    group.add_argument(
-        "--shared-expert", action="store_true", default=None, help="one of a token's experts is the same for all tokens"
-    )
-    group.add_argument(
-        "--sqrt-gate", action="store_true", default=None, help="weigh experts with the roots of their probabilities"
-    )
+    """How their load is balanced; what they are, `archs.options` has, and the rest is Megatron's group `moe`."""
     group.add_argument(
         "--global-aux", action="store_true", help="balance the experts' load over all data-parallel ranks"
     )

@@ -7,7 +7,6 @@ from archscale_megatron.archs.architecture import Payload
 from archscale_megatron.archs.build import build_architecture
 from archscale_megatron.layers.shared_state import SharedState
 from archscale_megatron.model.payload import pack, packed_width, unpack
-from archscale_megatron.model.pipeline import payloads, split_by_compute
 from tests.model.building import config_of
 
 ARCH = build_architecture("sambay", 8, aspect_ratio=8, head_dim=8, vocab_size=96)
@@ -61,30 +60,3 @@ def test_boundaries_are_as_wide_as_they_need_in_1f1b_and_equal_when_interleaved(
     assert widths == [64, 64 + 128, 64 + 2 * 16]
     config.virtual_pipeline_model_parallel_size = 2
     assert [config.boundary_width(payload) for payload in config.boundary_payloads] == [192] * 3
-
-
-@pytest.mark.parametrize("segments", [1, 2, 3, 4, 7, 16])
-def test_split_by_compute_is_the_best_there_is(segments: int) -> None:
-    """Against all ways to cut, where there are few enough to try."""
-    from itertools import combinations
-
-    from archscale_megatron.archs.counts import layer_flops, output_flops
-
-    arch = build_architecture("sambay", 8)
-    cost = [layer_flops(arch, symbol, 4096) for symbol in arch.pattern]
-    cost[-1] += output_flops(arch)
-
-    def largest(ends: tuple[int, ...]) -> float:
-        return max(sum(cost[a:b]) for a, b in zip((0, *ends), (*ends, len(cost)), strict=True))
-
-    split = split_by_compute(arch, segments, 4096).split("|")
-    assert "".join(split) == arch.pattern and len(split) == segments and all(split)
-    ends = tuple(sum(map(len, split[: i + 1])) for i in range(segments - 1))
-    best = min(largest(ends) for ends in combinations(range(1, len(cost)), segments - 1))
-    assert largest(ends) == pytest.approx(best)
-    assert len(payloads(arch, "|".join(split))) == segments - 1
-
-
-def test_more_stages_than_layers_is_an_error() -> None:
-    with pytest.raises(ValueError, match="17 pipeline stages: .* has 16 hybrid layers"):
-        split_by_compute(ARCH, 17, 64)

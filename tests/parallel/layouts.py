@@ -7,7 +7,7 @@ from typing import Any
 
 from archscale_megatron.archs.architecture import PIPE, Architecture
 from archscale_megatron.archs.build import build_architecture
-from archscale_megatron.model.pipeline import split_by_compute
+from archscale_megatron.archs.splits import split_by_compute
 
 DENSE = ("transformer", "transformerls", "samba", "sambay", "sambayoco", "swayoco")
 EXPERTS = ("transformer_gqa4_h2_moe", "sambay_gqa4_moe")

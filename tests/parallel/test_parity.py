@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from archscale_megatron.archs.build import build_architecture
-from archscale_megatron.model.pipeline import payloads
+from archscale_megatron.archs.splits import payloads
 from tests.parallel.compare import TOLERANCE, TOLERANCE_BF16, differences, run_all
 from tests.parallel.layouts import CASES, LAYOUTS, TINY, pattern_of
 
