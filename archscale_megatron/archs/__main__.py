@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -72,12 +73,12 @@ def _architecture(args: argparse.Namespace) -> Architecture:
 
 
 def _list(args: argparse.Namespace) -> None:
-    print(f"{'':20}{'parameters (billions) at depth':32}depths up to {DEPTHS[-1]}")
-    print(f"{'family':20}{''.join(f'{depth:6}' for depth in SIZES)}")
+    print(f"{'':24}{'parameters (billions) at depth':32}depths up to {DEPTHS[-1]}")
+    print(f"{'family':24}{''.join(f'{depth:6}' for depth in SIZES)}")
     for name, family in FAMILIES.items():
         models = _models(name)
         sizes = (f"{parameters(models[depth]) / 1e9:6.2f}" if depth in models else f"{'-':>6}" for depth in SIZES)
-        print(f"{name:20}{''.join(sizes):32}{_in_words(list(models))}")
+        print(f"{name:24}{''.join(sizes):32}{_in_words(list(models))}")
         print(f"{'':4}{inspect.getdoc(family).splitlines()[0].replace('`', '')}")  # type: ignore[union-attr]
 
 
@@ -113,4 +114,5 @@ def _plot(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
     main(sys.argv[1:])

@@ -117,6 +117,10 @@ def test_page() -> None:
     assert "memory (its MLP)" in by_mlp
 
 
+def test_readme_shows_what_is_printed() -> None:
+    assert f"```text\n{page(build_architecture('sambay', 16), 4096)}\n```" in (ROOT / "README.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("family", "options", "per_token", "constant"),
     [
