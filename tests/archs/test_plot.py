@@ -50,6 +50,10 @@ def check(arch: Architecture) -> None:
     extents = [text.get_window_extent(canvas.get_renderer()) for text in texts]
     page = figure.bbox
     assert all(page.x0 <= e.x0 and e.x1 <= page.x1 and page.y0 <= e.y0 and e.y1 <= page.y1 for e in extents)
+    for box in layers:
+        inside = [e for e in extents if box.contains_point(((e.x0 + e.x1) / 2, (e.y0 + e.y1) / 2))]
+        outline = box.get_window_extent()
+        assert inside and all(outline.y0 <= e.y0 and e.y1 <= outline.y1 for e in inside)
     overlapping = [
         (a.get_text(), b.get_text())
         for (a, first), (b, second) in combinations(zip(texts, extents, strict=True), 2)
