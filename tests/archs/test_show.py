@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from archscale_megatron.archs import __main__ as program
-from archscale_megatron.archs import families
 from archscale_megatron.archs.build import build_architecture
 from archscale_megatron.archs.families import FAMILIES
 from archscale_megatron.archs.inference import cache_bytes_per_token, state_bytes
@@ -82,10 +81,7 @@ def test_show_as_json() -> None:
         ("sambay2", 16, 1005.0e6, 63.5e6),
     ],
 )
-def test_published_parameters(
-    family: str, depth: int, non_embedding: float, embedding: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(FAMILIES, family, getattr(families, family))
+def test_published_parameters(family: str, depth: int, non_embedding: float, embedding: float) -> None:
     parameters = describe(build_architecture(family, depth), 4096)["parameters"]
     assert parameters["non_embedding"] == pytest.approx(non_embedding, abs=5e4)
     assert parameters["embedding"] == pytest.approx(embedding, abs=5e4)
@@ -136,11 +132,8 @@ def test_readme_shows_what_is_printed() -> None:
         ("gdny", {}, 2 * 16 * 2, 5 * ((256 + 256 + 512) * 3 * 2 + 256 * 512 * 4)),
     ],
 )  # fmt: skip
-def test_inference_cache(
-    family: str, options: dict[str, int], per_token: int, constant: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_inference_cache(family: str, options: dict[str, int], per_token: int, constant: int) -> None:
     """Depth 8, width 128, two key-value heads of 8 channels."""
-    monkeypatch.setitem(FAMILIES, family, getattr(families, family))
     arch = build_architecture(family, 8, aspect_ratio=16, head_dim=8, **options)
     assert (cache_bytes_per_token(arch), state_bytes(arch)) == (per_token, constant)
 
