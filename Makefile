@@ -5,7 +5,7 @@ SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-print-directory
-.PHONY: help install test test-gpu test-slow checks demo clean
+.PHONY: help install test test-gpu test-slow parity checks demo clean
 
 export PYTHON
 VENV := .venv
@@ -39,6 +39,9 @@ test-slow: install ## the tests that take minutes each
 
 test-gpu: install ## the tests that need a GPU
 	$(THREADS) $(PYTEST) -m gpu --durations 15
+
+parity: install ## every model in every layout against one process, as a table (docs/parity.md): about half an hour
+	$(BIN)/python -m tests.parallel.compare
 
 checks: install ## format, lint, types; commands of the README; arguments of the examples
 	$(BIN)/ruff format --check .

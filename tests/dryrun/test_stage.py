@@ -12,8 +12,8 @@ import torch
 from archscale_megatron.archs.architecture import Architecture
 from archscale_megatron.archs.build import build_architecture
 from archscale_megatron.archs.counts import parameters
+from archscale_megatron.archs.splits import payloads
 from archscale_megatron.model.payload import packed_width
-from archscale_megatron.model.pipeline import payloads
 from tests.dryrun.runs import dry_runs
 from tests.launch import torchrun
 from tests.model.building import config_of

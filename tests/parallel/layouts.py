@@ -2,40 +2,47 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from archscale_megatron.archs.architecture import PIPE, Architecture
 from archscale_megatron.archs.build import build_architecture
+from archscale_megatron.archs.families import FAMILIES
 from archscale_megatron.archs.splits import split_by_compute
 
-DENSE = ("transformer", "transformerls", "samba", "sambay", "sambayoco", "swayoco")
-EXPERTS = ("transformer_gqa4_h2_moe", "sambay_gqa4_moe")
-FAMILIES = DENSE + EXPERTS
-TINY = {"depth": 8, "aspect_ratio": 8, "head_dim": 8, "local_window": 7, "vocab_size": 96}
-# Differential attention needs two key-value heads a rank. The second family has all options of attention and linears.
-OPTIONS = {
-    "attention_gate": True, "qk_norm": True, "qkv_bias": True, "attention_output_bias": True, "linear_bias": True,
+SEQUENCE_LENGTH = 32
+TINY = {
+    "depth": 8, "aspect_ratio": 8, "head_dim": 8, "local_window": 7, "context_length": SEQUENCE_LENGTH,
+    "vocab_size": 96,
 }  # fmt: skip
-ATTENTION_FAMILIES = ("transformersa", "transformerga", "sambayda", "phi4miniflash", "transformersa with options")
-OWN = {
+PAIRS = {"num_heads": 8, "num_kv_heads": 4}  # differential attention needs two key-value heads a rank
+# What a model has besides.
+OWN: dict[str, dict[str, Any]] = {
+    "transformerga": PAIRS, "sambayda": PAIRS, "phi4miniflash": PAIRS,
     "transformer_gqa4_h2_moe": {"sparsity": 3, "top_k": 4},
     # 8 experts besides the shared one, of which a token has 2
     "sambay_gqa4_moe": {"aspect_ratio": 9, "sparsity": 3, "top_k": 3, "shared_expert": True, "sqrt_gate": True},
-}
-SEQUENCE_LENGTH = 32
+    "transformersa with options": {
+        "attention_gate": True, "qk_norm": True, "qkv_bias": True, "attention_output_bias": True, "linear_bias": True,
+    },
+}  # fmt: skip
+MODELS = (*FAMILIES, "transformersa with options")
+EXPERTS = tuple(name for name, family in FAMILIES.items() if family(TINY["depth"]).top_k)
+DENSE = tuple(model for model in MODELS if model not in EXPERTS)
 GLOBAL_BATCH, MICRO_BATCH = 8, 2
 END_OF_DOCUMENT = 0
+ROUNDED = "single_rounded"  # how far roundings alone take a model: see compare.py
+RUNS = "runs.json"  # file name of what the worker is to run
 
 
 @dataclass(frozen=True)
 class Layout:
     """Sizes of the parallel groups; `ep` divides the ranks of `tp` and `dp` together, `etp` is `tp` of the experts.
 
-    `varlen` has documents that end inside of the sequences; `overlap` hides data-parallel communication behind
-    computation; `cuts` are the hybrid layers before which a stage starts (by compute if empty); `config` are further
-    fields of the config. The auxiliary loss of experts is not linear in the micro-batches, so `micro_batch` is what a
-    reference must agree in.
+    `varlen` has documents that end inside of the sequences; `rounded` moves each initial weight by up to its last bit;
+    `overlap` hides data-parallel communication behind computation; `cuts` are the hybrid layers before which a stage
+    starts (by compute if empty); `config` are further fields of the config; `only` names the models that it is for. The
+    auxiliary loss of experts is not linear in the micro-batches, so `micro_batch` is what a reference must agree in.
     """
 
     tp: int = 1
@@ -49,10 +56,11 @@ class Layout:
     overlap: bool = False
     tied: bool = True
     varlen: bool = False
+    rounded: bool = False
     cuts: tuple[int, ...] = ()
     config: dict[str, Any] = field(default_factory=dict)
     micro_batch: int = MICRO_BATCH
-    families: tuple[str, ...] = DENSE
+    only: tuple[str, ...] = MODELS
 
     @property
     def world_size(self) -> int:
@@ -71,26 +79,26 @@ ALLGATHER = {"moe_token_dispatcher_type": "allgather"}
 GLOBAL = {"moe_router_load_balancing_type": "global_aux_loss"}
 
 LAYOUTS = {
-    "recompute": Layout(config=RECOMPUTE, families=FAMILIES),
-    "recompute_experts": Layout(config=RECOMPUTE_EXPERTS, families=EXPERTS),
+    "recompute": Layout(config=RECOMPUTE),
+    "recompute_experts": Layout(config=RECOMPUTE_EXPERTS, only=EXPERTS),
     "recompute_block": Layout(config=RECOMPUTE_BLOCK),
     "recompute_attention": Layout(config=RECOMPUTE_ATTENTION),
-    "dp2": Layout(dp=2, families=FAMILIES),
+    "dp2": Layout(dp=2),
     "dp2_overlap": Layout(dp=2, overlap=True),
-    "tp2": Layout(tp=2),
-    "stp2": Layout(tp=2, sp=True, families=FAMILIES),
+    "tp2": Layout(tp=2, only=DENSE),  # with experts, Megatron wants sequence parallelism
+    "stp2": Layout(tp=2, sp=True),
     "stp2_untied": Layout(tp=2, sp=True, tied=False),
-    "pp2": Layout(pp=2, families=FAMILIES),
-    "pp2_vpp2": Layout(pp=2, vpp=2, families=FAMILIES),
+    "pp2": Layout(pp=2),
+    "pp2_vpp2": Layout(pp=2, vpp=2),
     "pp2_recompute": Layout(pp=2, config=RECOMPUTE),
     "pp4": Layout(pp=4),
     "pp4_untied": Layout(pp=4, tied=False),
     "pp4_by_hand": Layout(pp=4, cuts=(9, 11, 12)),  # one stage only passes on what it got
-    "stp2_pp2": Layout(tp=2, pp=2, sp=True, families=FAMILIES),
+    "stp2_pp2": Layout(tp=2, pp=2, sp=True),
     "stp2_pp2_dp2": Layout(tp=2, pp=2, dp=2, sp=True),
     "stp2_smoothed": Layout(tp=2, sp=True, config=SMOOTHED),
     "chunked_loss": Layout(config=CHUNKED | SMOOTHED),
-    "chunked_loss_tp2": Layout(tp=2, config=CHUNKED),
+    "chunked_loss_tp2": Layout(tp=2, config=CHUNKED, only=DENSE),
     "chunked_loss_stp2_pp2": Layout(tp=2, pp=2, sp=True, config=CHUNKED | SMOOTHED),
     "chunked_loss_dp2_overlap": Layout(dp=2, overlap=True, tied=False, config=CHUNKED),
     "varlen_recompute": Layout(varlen=True, config=RECOMPUTE),
@@ -99,24 +107,22 @@ LAYOUTS = {
     "varlen_stp2_pp2": Layout(tp=2, pp=2, sp=True, varlen=True),
     "pp2_bf16": Layout(pp=2, bf16=True, cuts=(11,)),
     "stp2_pp2_bf16": Layout(tp=2, pp=2, sp=True, bf16=True, cuts=(11,)),
-    "pp4_uneven": Layout(pp=4, cuts=(9, 10, 11), families=EXPERTS),  # one stage has no experts
-    "ep2": Layout(dp=2, ep=2, families=EXPERTS),
-    "ep2_overlap": Layout(dp=2, ep=2, overlap=True, families=EXPERTS),
-    "ep2_dp4": Layout(dp=4, ep=2, families=EXPERTS),
-    "ep2_pp2": Layout(dp=2, ep=2, pp=2, families=EXPERTS),
-    "ep2_stp2": Layout(dp=2, ep=2, tp=2, sp=True, config=ALLGATHER, families=EXPERTS),
-    "ep2_stp2_etp1": Layout(tp=2, ep=2, etp=1, sp=True, families=EXPERTS),
-    "dp2_global": Layout(dp=2, config=GLOBAL, families=EXPERTS),
-    "ep2_stp2_global": Layout(dp=2, ep=2, etp=1, tp=2, sp=True, config=GLOBAL, families=EXPERTS),
+    "pp4_uneven": Layout(pp=4, cuts=(9, 10, 11), only=EXPERTS),  # one stage has no experts
+    "ep2": Layout(dp=2, ep=2, only=EXPERTS),
+    "ep2_overlap": Layout(dp=2, ep=2, overlap=True, only=EXPERTS),
+    "ep2_dp4": Layout(dp=4, ep=2, only=EXPERTS),
+    "ep2_pp2": Layout(dp=2, ep=2, pp=2, only=EXPERTS),
+    "ep2_stp2": Layout(dp=2, ep=2, tp=2, sp=True, config=ALLGATHER, only=EXPERTS),
+    "ep2_stp2_etp1": Layout(tp=2, ep=2, etp=1, sp=True, only=EXPERTS),
+    "dp2_global": Layout(dp=2, config=GLOBAL, only=EXPERTS),
+    "ep2_stp2_global": Layout(dp=2, ep=2, etp=1, tp=2, sp=True, config=GLOBAL, only=EXPERTS),
 }
 
 
-def tiny(family: str, tied: bool = True) -> Architecture:
-    """The tiny model of `family`."""
-    family, options = family.split()[0], OPTIONS if " " in family else {}
-    more_heads = family in ("transformerga", "sambayda", "phi4miniflash")
-    heads = {"num_heads": 8, "num_kv_heads": 4} if more_heads else {}
-    return build_architecture(family, **TINY | OWN.get(family, {}), **heads, **options, tied_embeddings=tied)
+def tiny(model: str, tied: bool = True) -> Architecture:
+    """The tiny architecture of `model`, a family or one of `OWN`."""
+    arch = build_architecture(model.split()[0], **TINY | OWN.get(model, {}), tied_embeddings=tied)
+    return replace(arch, mamba2_head_dim=8, mamba2_state_size=8, gdn_head_dim=24)
 
 
 def pattern_of(arch: Architecture, layout: Layout) -> str:
@@ -146,12 +152,23 @@ def reference_of(layout: Layout) -> str:
 
 
 REFERENCES = {
-    "single": Layout(families=FAMILIES),
+    "single": Layout(),
     "single_untied": Layout(tied=False),
     "single_bf16": Layout(bf16=True),
     "single_smoothed": Layout(config=SMOOTHED),
-    "single_global": Layout(config=GLOBAL, micro_batch=2 * MICRO_BATCH, families=EXPERTS),
+    "single_global": Layout(config=GLOBAL, micro_batch=2 * MICRO_BATCH, only=EXPERTS),
     "single_varlen": Layout(varlen=True),
+    ROUNDED: Layout(rounded=True),
 }
 
-CASES = [(family, name) for name, layout in LAYOUTS.items() for family in layout.families]
+EVERYTHING = [(model, name) for name, layout in LAYOUTS.items() for model in layout.only]
+# What continuous integration runs: every layout, and every model.
+IN_EVERY_LAYOUT = ("sambay", "sambay_gqa4_moe")
+FOR_EVERY_MODEL = ("recompute", "tp2", "stp2_pp2", "varlen_pp2_vpp2")
+SUBSET = [(model, name) for model, name in EVERYTHING if model in IN_EVERY_LAYOUT or name in FOR_EVERY_MODEL]
+
+
+def with_references(cases: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """`cases`, and the single-process runs that they are compared with."""
+    references = [(m, reference) for m, name in cases for reference in ("single", reference_of(LAYOUTS[name]), ROUNDED)]
+    return list(dict.fromkeys(references + cases))

@@ -1,13 +1,14 @@
 """Trains tiny models for two steps in the layouts that fit this world size, and saves what came out.
 
-torchrun --nproc-per-node N -m tests.parallel.worker DIRECTORY [FAMILY OR LAYOUT ...]
+torchrun --nproc-per-node N -m tests.parallel.worker DIRECTORY
 
-For each family and layout, rank 0 writes DIRECTORY/FAMILY.LAYOUT.safetensors with whole tensors, put together from all
-ranks: `loss.STEP`, `grad.STEP.NAME` (as the optimizer sees it) and `param.NAME` (after the steps).
+For each model and layout of DIRECTORY/runs.json, rank 0 writes DIRECTORY/MODEL.LAYOUT.safetensors with whole tensors,
+put together from all ranks: `loss.STEP`, `grad.STEP.NAME` (as the optimizer sees it), `param.NAME` (after the steps).
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -48,6 +49,7 @@ from tests.parallel.layouts import (  # noqa: E402
     GLOBAL_BATCH,
     LAYOUTS,
     REFERENCES,
+    RUNS,
     SEQUENCE_LENGTH,
     TINY,
     Layout,
@@ -110,6 +112,11 @@ def build_chunks(config: HybridConfig, layout: Layout) -> list[DistributedDataPa
                 parameter.data.mul_(UNTIED_EMBEDDING_SCALE if small else WEIGHT_SCALE)
             elif not parameter.any():  # biases and sinks: beside 0, the rounding of an update is as large as itself
                 parameter.data.fill_(ZERO_REPLACEMENT)
+        if layout.rounded:
+            generator = torch.Generator().manual_seed(7)
+            for parameter in model.parameters():
+                move = torch.empty_like(parameter).uniform_(-(2**-24), 2**-24, generator=generator)
+                parameter.data.copy_(parameter.data.double() * (1 + move.double()))
         chunks.append(DistributedDataParallel(config, ddp, Float16Module(config, model) if layout.bf16 else model))
     return chunks
 
@@ -247,13 +254,12 @@ def join(layout: tuple[int, tuple[int, ...]] | None, parts: dict[int, Tensor]) -
     return torch.cat([part for block in zip(*slices, strict=True) for part in block], dim).contiguous()
 
 
-def main(directory: Path, names: list[str]) -> None:
+def main(directory: Path) -> None:
     dist.init_process_group("gloo")
-    layouts = REFERENCES | LAYOUTS
-    families = [name for name in names if name not in layouts]
-    chosen = layouts.keys() & names or layouts
-    for name, layout in layouts.items():
-        if layout.world_size != dist.get_world_size() or name not in chosen:
+    runs = [tuple(run) for run in json.loads((directory / RUNS).read_text())]
+    for name, layout in (REFERENCES | LAYOUTS).items():
+        models = [model for model, layout_name in runs if layout_name == name]
+        if layout.world_size != dist.get_world_size() or not models:
             continue
         mpu.initialize_model_parallel(
             layout.tp,
@@ -263,15 +269,16 @@ def main(directory: Path, names: list[str]) -> None:
             expert_tensor_parallel_size=layout.etp,
         )
         model_parallel_cuda_manual_seed(1)
-        for family in families or layout.families:
+        for model in models:
             destroy_moe_metrics_tracker()
-            run = train(family, layout)
+            run = train(model, layout)
             if dist.get_rank() == 0:
-                save_file(run, directory / f"{family}.{name}.safetensors")
+                save_file(run, directory / f"{model}.{name}.safetensors")
+                print(f"{model} {name}", flush=True)
         mpu.destroy_model_parallel()
     dist.barrier()
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    main(Path(sys.argv[1]))
