@@ -23,6 +23,7 @@ def main() -> None:
 
     args = parse_arguments()
 
+    import torch
     import torch.distributed as dist
     from megatron.core.enums import ModelType
     from megatron.training import inprocess_restart, pretrain
@@ -31,6 +32,8 @@ def main() -> None:
     from archscale_megatron.data.datasets import datasets_provider
     from archscale_megatron.training.step import forward_step, model_provider
 
+    # What is fp32 in a half-precision model, the chunked loss above all, is products of halves: TF32 holds those.
+    torch.backends.cuda.matmul.allow_tf32 = args.bf16 or args.fp16
     run, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
     try:
         run(

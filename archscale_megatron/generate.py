@@ -185,7 +185,8 @@ def single_process_arguments(directory: str) -> argparse.Namespace:
     from megatron.training.arguments import parse_args
     from megatron.training.checkpointing import get_checkpoint_name, get_checkpoint_tracker_filename, read_metadata
 
-    from archscale_megatron.training.arguments import MEGATRON_OPTIONS, add_arguments, apply_arguments
+    from archscale_megatron.training.arguments import add_arguments, apply_arguments
+    from archscale_megatron.training.megatron_options import MEGATRON_OPTIONS
 
     iteration, release = read_metadata(get_checkpoint_tracker_filename(directory))
     checkpoint = get_checkpoint_name(directory, iteration, release, return_base_dir=True)

@@ -15,7 +15,8 @@ from megatron.training.arguments import core_transformer_config_from_args, parse
 
 from archscale_megatron.archs.build import build_architecture
 from archscale_megatron.model.config import HybridConfig
-from archscale_megatron.training.arguments import FIXED, PLAIN_LOSS_ONLY, parse_arguments
+from archscale_megatron.training.arguments import PLAIN_LOSS_ONLY, parse_arguments
+from archscale_megatron.training.megatron_options import FIXED
 from archscale_megatron.training.run_directory import write_architecture
 from tests.training.data import write_dataset
 
