@@ -58,8 +58,8 @@ def architecture(model: str, tied: bool = True) -> Architecture:
         family, 8, aspect_ratio=5, head_dim=8, local_window=5, context_length=18, vocab_size=96,
         tied_embeddings=tied, **heads, **WITH_OPTIONS.get(model, EXPERTS.get(model, {})),
     )  # fmt: skip
-    # 8 heads of 10 channels, 4 heads with keys of 8
-    return dataclasses.replace(arch, mamba2_head_dim=10, mamba2_state_size=6, gdn_head_dim=8)
+    # 8 heads of 10 channels, 2 heads with keys of 15
+    return dataclasses.replace(arch, mamba2_head_dim=10, mamba2_state_size=6, gdn_head_dim=15)
 
 
 def reference_for(arch: Architecture, mistake: str | None = None) -> Reference:
