@@ -14,7 +14,6 @@ import contextlib
 import io
 import logging
 import os
-import socket
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -124,11 +123,7 @@ def prepare() -> None:
     """
     if int(os.environ.get("WORLD_SIZE", 1)) != 1:
         raise GenerateError(f"started on {os.environ['WORLD_SIZE']} processes; it runs on 1 (--nproc-per-node 1)")
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    for name, value in alone.items():
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
         os.environ.setdefault(name, value)
     warnings.simplefilter("ignore")  # Megatron tells of each library that it does not find
     logging.disable(logging.WARNING)
@@ -173,6 +168,10 @@ def load(directory: str, tokenizer_model: str | None = None) -> tuple[torch.nn.M
                 f"the checkpoint's {args.tokenizer_type} {args.tokenizer_model} cannot be loaded ({reason}); "
                 "give its path as --tokenizer-model"
             ) from error
+        # Megatron takes the group that is there, and would open a port.
+        torch.distributed.init_process_group(
+            args.distributed_backend, store=torch.distributed.HashStore(), rank=0, world_size=1
+        )
         initialize_megatron()
         model = get_model(model_provider, ModelType.encoder_or_decoder, wrap_with_ddp=False)
         load_checkpoint(model, None, None)
@@ -199,11 +198,12 @@ def single_process_arguments(directory: str) -> argparse.Namespace:
         sys.argv = command_line
     ours = [action.dest for action in add_arguments(argparse.ArgumentParser(add_help=False))._actions]
     for name in (*ours, *KEPT_FROM_TRAINING):
-        setattr(args, name, getattr(trained, name))
+        setattr(args, name, getattr(trained, name, getattr(args, name)))  # an older checkpoint knows fewer options
+    args.train_name = None  # training has expanded it
     args.load, args.micro_batch_size, args.mock_data = directory, 1, True
     args.no_load_optim = args.no_load_rng = True
     explicit = {}
-    for name in MEGATRON_OPTIONS:
+    for name in (*MEGATRON_OPTIONS, "position_embedding_type"):
         setattr(args, name, getattr(trained, name))
         explicit[name] = name
     if trained.architecture.rotary_base is not None:

@@ -15,7 +15,8 @@ from tests.launch import ROOT, torchrun
 
 MODEL = (
     "--train-model sambay --depth 8 --aspect-ratio 8 --head-dim 8 --num-heads 8 --num-kv-heads 4 --local-window 8 "
-    "--vocab-size 2000 --differential-attention --qk-layernorm --add-qkv-bias --normalization LayerNorm"
+    "--vocab-size 2000 --differential-attention --normalization LayerNorm --position-embedding-type rope "
+    "--train-name scaling_tie_qknorm_bias_rbase"
 )
 TWO_STEPS = (
     "--seq-length 32 --micro-batch-size 2 --global-batch-size 4 --train-iters 2 --save-interval 2 --lr 1e-2 "

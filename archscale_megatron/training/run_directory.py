@@ -11,6 +11,7 @@ from pathlib import Path
 from archscale_megatron.archs.architecture import Architecture
 
 FILE_NAME = "architecture.json"
+_DEFAULTS = {f.name: f.default for f in dataclasses.fields(Architecture) if f.default is not dataclasses.MISSING}
 
 
 def check_run_directories(args: argparse.Namespace) -> None:
@@ -25,7 +26,8 @@ def check_run_directories(args: argparse.Namespace) -> None:
     for option in ("load", "save"):
         directory = getattr(args, option)
         if directory and (Path(directory) / FILE_NAME).is_file():
-            stored = json.loads((Path(directory) / FILE_NAME).read_text())
+            # A field that is newer than the directory had its default there.
+            stored = _DEFAULTS | json.loads((Path(directory) / FILE_NAME).read_text())
             differing = _differences(stored, dataclasses.asdict(args.architecture))
             if differing:
                 raise ValueError(

@@ -299,3 +299,12 @@ def test_checkpoint_of_another_architecture(parse: Parse, capfd: pytest.CaptureF
         )
     assert (tmp_path / "architecture.json").read_text() == before
     assert json.loads(before)["family"] == "samba"
+
+
+def test_checkpoint_from_before_an_option(parse: Parse, tmp_path: Path) -> None:
+    write_architecture(str(tmp_path), build_architecture("sambay", 16))
+    file = tmp_path / "architecture.json"
+    fields = json.loads(file.read_text())
+    del fields["attention_sink"], fields["full_window"]
+    file.write_text(json.dumps(fields))
+    assert parse(*D16, "--save", str(tmp_path)).architecture.depth == 16
