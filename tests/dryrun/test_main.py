@@ -17,7 +17,7 @@ WRONG = {
     "no nodes": (["--nodes", "0", *MODEL], "--nodes 0: must be 1 or more"),
     "no such directory": ([*MODEL, "--json", "/no/such/directory/x"], "no directory /no/such/directory"),
     "unknown option": ([*MODEL, "--no-such-option"], "unrecognized arguments: --no-such-option"),
-    "unknown family": (["--train-model", "gpt2", *MODEL[2:]], "--train-model gpt2"),
+    "unknown family": (["--train-model", "gpt2", *MODEL[2:]], "gpt2: unknown family"),
     "no depth": (["--train-model", "sambay"], "--depth is required"),
     "tensor parallelism": ([*MODEL, "--tensor-model-parallel-size", "3"], "--tensor-model-parallel-size 3"),
     "world size": ([*MODEL, "--gpus-per-node", "3", "--tensor-model-parallel-size", "2"], "start a multiple of 2"),

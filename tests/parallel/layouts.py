@@ -31,7 +31,6 @@ EXPERTS = tuple(name for name, family in FAMILIES.items() if family(TINY["depth"
 DENSE = tuple(model for model in MODELS if model not in EXPERTS)
 GLOBAL_BATCH, MICRO_BATCH = 8, 2
 END_OF_DOCUMENT = 0
-ROUNDED = "single_rounded"  # how far roundings alone take a model: see compare.py
 RUNS = "runs.json"  # file name of what the worker is to run
 
 
@@ -158,8 +157,9 @@ REFERENCES = {
     "single_smoothed": Layout(config=SMOOTHED),
     "single_global": Layout(config=GLOBAL, micro_batch=2 * MICRO_BATCH, only=EXPERTS),
     "single_varlen": Layout(varlen=True),
-    ROUNDED: Layout(rounded=True),
 }
+# How far roundings alone take each of them: see `compare.tolerance`.
+ROUNDED = {f"{name}_rounded": replace(layout, rounded=True) for name, layout in REFERENCES.items() if not layout.bf16}
 
 EVERYTHING = [(model, name) for name, layout in LAYOUTS.items() for model in layout.only]
 # What continuous integration runs: every layout, and every model.
@@ -169,6 +169,8 @@ SUBSET = [(model, name) for model, name in EVERYTHING if model in IN_EVERY_LAYOU
 
 
 def with_references(cases: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """`cases`, and the single-process runs that they are compared with."""
-    references = [(m, reference) for m, name in cases for reference in ("single", reference_of(LAYOUTS[name]), ROUNDED)]
-    return list(dict.fromkeys(references + cases))
+    """`cases`, and the single-process runs that they, and roundings, are compared with."""
+    runs = {(model, reference_of(LAYOUTS[name])) for model, name in cases}
+    runs |= {(model, f"{name}_rounded") for model, name in runs if not REFERENCES[name].bf16}
+    runs |= {(model, "single") for model, _ in cases}
+    return sorted(runs) + cases

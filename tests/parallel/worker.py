@@ -49,6 +49,7 @@ from tests.parallel.layouts import (  # noqa: E402
     GLOBAL_BATCH,
     LAYOUTS,
     REFERENCES,
+    ROUNDED,
     RUNS,
     SEQUENCE_LENGTH,
     TINY,
@@ -257,7 +258,7 @@ def join(layout: tuple[int, tuple[int, ...]] | None, parts: dict[int, Tensor]) -
 def main(directory: Path) -> None:
     dist.init_process_group("gloo")
     runs = [tuple(run) for run in json.loads((directory / RUNS).read_text())]
-    for name, layout in (REFERENCES | LAYOUTS).items():
+    for name, layout in (REFERENCES | ROUNDED | LAYOUTS).items():
         models = [model for model, layout_name in runs if layout_name == name]
         if layout.world_size != dist.get_world_size() or not models:
             continue
