@@ -7,6 +7,8 @@ stage have tensors of the same shapes, so that one of them stands for all.
 Memory is that of tensors. Not counted: what the CUDA context, NCCL and the workspaces of kernels take (one to a few
 GiB), fragments, and what the optimizer's step allocates for its duration. Linear layers, norms and activations are
 those of --transformer-impl local.
+
+Experts get equally many tokens each, and with --reset-at-eod each sequence is one document.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import multiprocessing
 import os
 import sys
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +73,7 @@ def main() -> None:
 
     from archscale_megatron.dryrun.report import summary, table
 
-    args = _arguments()
+    args = _arguments(options.kernels)
     found = summary(args, _run_stages(args, options.kernels), options.kernels)
     if options.json != "-":
         print(table(found))
@@ -79,7 +82,7 @@ def main() -> None:
         sys.stdout.write(text) if options.json == "-" else Path(options.json).write_text(text)
 
 
-def _arguments() -> argparse.Namespace:
+def _arguments(kernels: str) -> argparse.Namespace:
     from megatron.training.arguments import validate_args
     from megatron.training.global_vars import set_global_variables
 
@@ -96,13 +99,41 @@ def _arguments() -> argparse.Namespace:
     if args.train_iters is None and args.train_samples is None:
         args.train_iters = 10**6
     with exit_on_error("dryrun", args), contextlib.redirect_stdout(io.StringIO()):
+        _check_countable(args, explicit, kernels)
         apply_arguments(args, explicit)
+        if args.reset_at_eod and args.architecture.attention_sink and kernels == "torch":
+            raise ValueError("--reset-at-eod: documents with an attention sink are counted with --kernels fused alone")
         check_schedule(args)
         for name, value in _WITHOUT_SIDE_EFFECTS.items():
             setattr(args, name, value)
         validate_args(args)
         set_global_variables(args, build_tokenizer=False)
     return args
+
+
+# What allocates where nobody here sees it, or routes tokens otherwise.
+_NOT_COUNTED = {
+    "transformer_impl": "the dry run counts --transformer-impl local",
+    "fp8": "the dry run counts bf16, fp16 and fp32",
+    "fp4": "the dry run counts bf16, fp16 and fp32",
+    "moe_permute_fusion": "the dry run counts --transformer-impl local",
+    "moe_expert_capacity_factor": "the dry run's experts get equally many tokens and drop none",
+}
+
+
+def _check_countable(args: argparse.Namespace, explicit: dict[str, str], kernels: str) -> None:
+    for name, reason in _NOT_COUNTED.items():
+        if name in explicit and getattr(args, name) != "local":
+            value = "" if getattr(args, name) is True else f" {getattr(args, name)}"
+            raise ValueError(f"{explicit[name]}{value}: {reason}; leave it out")
+    if args.moe_token_dispatcher_type == "flex":
+        raise ValueError(
+            "--moe-token-dispatcher-type flex: the dry run counts alltoall and allgather; use one of these"
+        )
+    if args.reset_at_eod and kernels == "fused" and find_spec("triton") is None:
+        raise ValueError(
+            "--reset-at-eod: Mamba-1's scan of documents needs triton; install it, or give --kernels torch"
+        )
 
 
 # No files, servers or handlers of signals; no checks of values; the fake backend.

@@ -8,9 +8,11 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch import Tensor
 from torch._C._distributed_c10d import FakeWork
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 @contextlib.contextmanager
@@ -29,14 +31,32 @@ def fake_tensors() -> Iterator[None]:
 
 class _WithoutData(TorchDispatchMode):
     """Answers what fake tensors cannot: any number that the program asks for (does a loss scale overflow?) is 0, and
-    coalesced collectives are done at once."""
+    coalesced collectives are done at once. What is made of tensors with data alone has data too."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if tensors and not any(isinstance(tensor, FakeTensor) for tensor in tensors):
+            with unset_fake_temporarily():
+                return func(*args, **kwargs or {})
+        mask = _mask(func, args)
+        if mask is not None and not isinstance(mask, FakeTensor):
+            with unset_fake_temporarily():
+                selected = int(mask.sum())
+            return args[0].new_empty(selected)
         if func is torch.ops.aten._local_scalar_dense.default:
             return 0.0 if args[0].is_floating_point() else 0
         if func.namespace == "c10d" and "coalesced" in func.overloadpacket.__name__:
             return FakeWork().boxed()
         return func(*args, **kwargs or {})
+
+
+def _mask(func: Any, args: Any) -> Tensor | None:
+    """The bool tensor that says which elements of one as large are selected."""
+    if func is torch.ops.aten.masked_select.default:
+        return args[1]
+    if func is torch.ops.aten.index.Tensor and len(args[1]) == 1 and args[1][0].shape == args[0].shape:
+        return args[1][0] if args[1][0].dtype == torch.bool else None
+    return None
 
 
 def _all_gather_object(gathered: list[Any], own: Any, group: Any = None) -> None:

@@ -16,20 +16,39 @@ import torch
 from torch import Tensor
 
 from archscale_megatron.ops import attention, causal_conv, selective_scan
+from archscale_megatron.ops.documents import document_ids
 
 _SCAN_CHUNK = 2048  # steps between the states that mamba_ssm keeps (csrc/selective_scan/selective_scan.cpp, n_chunks)
 
 
 @contextlib.contextmanager
 def fused_kernels() -> Iterator[None]:
-    """flash-attn, causal-conv1d and mamba_ssm in the place of the ops' torch code, for bf16 and fp16 tensors."""
+    """flash-attn, causal-conv1d and mamba_ssm in the place of the ops' torch code, for bf16 and fp16 tensors; for
+    documents our Triton scan, as mamba_ssm knows none."""
     with (
         _instead(attention, "_torch", _flash_attention),
         _instead(causal_conv, "_torch", _causal_conv1d),
-        mock.patch.object(selective_scan, "_usable_backends", lambda *_: ["mamba_ssm"]),
+        mock.patch.object(selective_scan, "_usable_backends", _scan_backends),
         mock.patch.object(selective_scan, "_mamba_ssm_scan", _mamba_ssm_scan),
     ):
         yield
+
+
+def _scan_backends(x: Tensor, with_starts: bool) -> list[str]:
+    if not with_starts:
+        return ["mamba_ssm"]
+    from archscale_megatron.ops import selective_scan_triton
+
+    for name in ("_forward_kernel", "_carry_kernel", "_backward_kernel"):
+        setattr(selective_scan_triton, name, _NotLaunched())
+    return ["triton"]
+
+
+class _NotLaunched:
+    """A Triton kernel that does nothing to the tensors made for it."""
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *args, **options: None
 
 
 def _instead(module: Any, name: str, stand_in: Any) -> Any:
@@ -56,17 +75,23 @@ class _Kernel(torch.autograd.Function):
         return None, None, None, *(torch.empty_like(x) if n else None for x, n in zip(inputs, needed, strict=True))
 
 
-def _flash_attention(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
-    """Keeps q, k, v, the output and the logarithms of the softmax's denominators, fp32 [b, heads, s]."""
+def _flash_attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, starts: Tensor | None, *_: Any
+) -> Tensor:
+    """Keeps q, k, v, the output and the logarithms of the softmax's denominators, fp32 [b, heads, s]. With documents,
+    the rows of the batch are end to end."""
+    if starts is not None:
+        query, key, value = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (query, key, value))
     s, b, heads = query.shape[:3]
     denominators = query.new_empty((b, heads, s), dtype=torch.float32)
     return _Kernel.apply(query.shape[:3] + value.shape[3:], True, [denominators], query, key, value)
 
 
-def _causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, *_: Any) -> Tensor:
-    """Keeps its inputs; the activation is computed again."""
+def _causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, starts: Tensor | None, *_: Any) -> Tensor:
+    """Keeps its inputs, and each token's document; the activation is computed again."""
     inputs = (x, weight) if bias is None else (x, weight, bias)
-    return _Kernel.apply(x.shape, False, [], *inputs)
+    documents = [] if starts is None else [document_ids(starts).t().contiguous()]
+    return _Kernel.apply(x.shape, False, documents, *inputs)
 
 
 def _mamba_ssm_scan(

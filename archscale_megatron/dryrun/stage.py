@@ -26,6 +26,7 @@ from archscale_megatron.archs.architecture import PIPE
 from archscale_megatron.dryrun.fake import fake_tensors
 from archscale_megatron.dryrun.kernels import fused_kernels
 from archscale_megatron.dryrun.recorder import Recorder, storages_of
+from archscale_megatron.dryrun.values import known_values
 from archscale_megatron.model.config import HybridConfig
 from archscale_megatron.mup.initialization import named_global_parameters
 from archscale_megatron.training.step import forward_step, model_provider
@@ -65,7 +66,7 @@ def run_stage(args: argparse.Namespace, index: int, kernels: str) -> Stage:
     initialize_megatron(allow_no_cuda=True)
     recorder = Recorder(_kinds_of_groups())
     stand_ins = fused_kernels() if kernels == "fused" else contextlib.nullcontext()
-    with fake_tensors(), stand_ins, recorder:
+    with fake_tensors(), known_values(), stand_ins, recorder:
         model, optimizer, _ = setup_model_and_optimizer(ModelType.encoder_or_decoder, _without_initial_values)
         recorder.peak = before = recorder.live
         sent = _forward_backward(args, model, optimizer, recorder)
@@ -147,7 +148,11 @@ def _batches(micro_batch_size: int, length: int) -> Iterator[dict[str, Tensor]]:
 
 def _kinds_of_groups() -> dict[str, str]:
     groups = {
-        "TP": [mpu.get_tensor_model_parallel_group(), mpu.get_expert_tensor_parallel_group()],
+        "TP": [
+            mpu.get_tensor_model_parallel_group(),
+            mpu.get_expert_tensor_parallel_group(),
+            mpu.get_tensor_and_context_parallel_group(),
+        ],
         # The gradient of a tied embedding is summed over the first and the last stage.
         "PP": [mpu.get_pipeline_model_parallel_group(), mpu.get_embedding_group(check_initialized=False)],
         "DP": [
@@ -155,7 +160,7 @@ def _kinds_of_groups() -> dict[str, str]:
             mpu.get_data_parallel_group(with_context_parallel=True),
             mpu.get_expert_data_parallel_group(),
         ],
-        "EP": [mpu.get_expert_model_parallel_group()],
+        "EP": [mpu.get_expert_model_parallel_group(), mpu.get_expert_tensor_and_model_parallel_group()],
     }
     return {group.group_name: kind for kind, of_kind in groups.items() for group in of_kind if group is not None}
 

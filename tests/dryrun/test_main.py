@@ -21,6 +21,17 @@ WRONG = {
     "no depth": (["--train-model", "sambay"], "--depth is required"),
     "tensor parallelism": ([*MODEL, "--tensor-model-parallel-size", "3"], "--tensor-model-parallel-size 3"),
     "world size": ([*MODEL, "--gpus-per-node", "3", "--tensor-model-parallel-size", "2"], "start a multiple of 2"),
+    "other linears": (
+        [*MODEL, "--transformer-impl", "transformer_engine"],
+        "--transformer-impl transformer_engine: the dry run counts --transformer-impl local; leave it out",
+    ),
+    "fp8": ([*MODEL, "--fp8-format", "hybrid"], "--fp8-format hybrid: the dry run counts bf16"),
+    "flex": ([*MODEL, "--moe-token-dispatcher-type", "flex"], "flex: the dry run counts alltoall and allgather"),
+    "dropped tokens": ([*MODEL, "--moe-expert-capacity-factor", "1"], "experts get equally many tokens and drop none"),
+    "sinks of documents": (
+        ["--train-model", "transformersa", *MODEL[2:], "--reset-at-eod", "--kernels", "torch"],
+        "--reset-at-eod: documents with an attention sink are counted with --kernels fused alone",
+    ),
     "warm-up": ([*MODEL, "--train-iters", "10", "--lr-warmup-iters", "10"], "--lr-warmup-iters 10"),
 }
 

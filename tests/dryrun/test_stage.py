@@ -57,6 +57,10 @@ MEASURED = {
     "data": [
         "--train-model", "swayoco", "--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"
     ],
+    "experts": [
+        "--train-model", "sambay_gqa4_moe", "--sparsity", "2", "--top-k", "2", "--expert-model-parallel-size", "2",
+        "--moe-token-dispatcher-type", "allgather",
+    ],
     "tensor": ["--train-model", "sambay", "--tensor-model-parallel-size", "2", "--sequence-parallel"],
 }  # fmt: skip
 
@@ -162,7 +166,7 @@ def test_tensor_parallel_messages(found: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", MEASURED)
 def test_estimate_is_what_training_takes(found: dict[str, Any], name: str, tmp_path: Path) -> None:
     """Two steps of pretrain_archscale.py on two processes. torch's allocator is the reference, except under tensor
-    parallelism, where gloo allocates copies of what it sums: there the tensors are counted.
+    and expert parallelism, where gloo allocates copies of what it sums: there the tensors are counted.
 
     A few tensors of the first step are still there in the second; the dry run has them among the activations.
     """
@@ -171,7 +175,7 @@ def test_estimate_is_what_training_takes(found: dict[str, Any], name: str, tmp_p
     torchrun(2, "tests/dryrun/measured_pretrain.py", str(tmp_path), *TINY, *MEASURED[name], *training)
     for stage in found[name]["stages"]:
         measured = json.loads((tmp_path / f"{stage['rank']}.json").read_text())
-        of = measured["recorder" if name == "tensor" else "allocator"]
+        of = measured["recorder" if name in ("tensor", "experts") else "allocator"]
         assert stage["memory"]["activations"] == pytest.approx(of["activations"], rel=0.1)
         assert stage["memory_total"] == pytest.approx(of["resident"] + of["activations"], rel=0.03)
         if name != "data":  # where the optimizer's step sends too
