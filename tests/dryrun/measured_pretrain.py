@@ -50,6 +50,7 @@ def main() -> None:
 
         def measured(*arguments: Any, **options: Any) -> Any:
             gc.collect()
+            torch.distributed.barrier()
             time.sleep(0.5)  # gloo's threads free what they have sent a little later
             step["begin"], step["resident"] = time.time_ns(), recorder.live
             recorder.peak = recorder.live

@@ -165,8 +165,9 @@ def test_tensor_parallel_messages(found: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", MEASURED)
 def test_estimate_is_what_training_takes(found: dict[str, Any], name: str, tmp_path: Path) -> None:
-    """Two steps of pretrain_archscale.py on two processes. torch's allocator is the reference, except under tensor
-    and expert parallelism, where gloo allocates copies of what it sums: there the tensors are counted.
+    """Two steps of pretrain_archscale.py on two processes: its tensors are counted, and torch's allocator is asked,
+    except under tensor and expert parallelism, where gloo allocates copies of what it sums. On a busy machine gloo
+    also holds what it has sent for a while.
 
     A few tensors of the first step are still there in the second; the dry run has them among the activations.
     """
@@ -175,8 +176,10 @@ def test_estimate_is_what_training_takes(found: dict[str, Any], name: str, tmp_p
     torchrun(2, "tests/dryrun/measured_pretrain.py", str(tmp_path), *TINY, *MEASURED[name], *training)
     for stage in found[name]["stages"]:
         measured = json.loads((tmp_path / f"{stage['rank']}.json").read_text())
-        of = measured["recorder" if name in ("tensor", "experts") else "allocator"]
-        assert stage["memory"]["activations"] == pytest.approx(of["activations"], rel=0.1)
-        assert stage["memory_total"] == pytest.approx(of["resident"] + of["activations"], rel=0.03)
+        tensors, allocated = measured["recorder"], measured["allocator"]
+        assert stage["memory"]["activations"] == pytest.approx(tensors["activations"], rel=0.1)
+        assert stage["memory_total"] == pytest.approx(tensors["resident"] + tensors["activations"], rel=0.03)
+        if name not in ("tensor", "experts"):
+            assert stage["memory_total"] == pytest.approx(allocated["resident"] + allocated["activations"], rel=0.1)
         if name != "data":  # where the optimizer's step sends too
             assert sum(stage["sent"].values()) == sum(measured["recorder"]["sent"].values())
