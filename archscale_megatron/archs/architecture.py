@@ -244,7 +244,7 @@ class Architecture(Options):
             MAMBA2: {"Mamba-2 heads": self.mamba2_heads, "Mamba-2 state channels": self.mamba2_state_size},
             GATED_DELTA_NET: {"gated delta net heads": self.gdn_heads},
             MLP: {"MLP channels": self.ffn_hidden_size},
-            MOE: {"expert channels": self.ffn_hidden_size // max(self.top_k, 1)},
+            MOE: {"expert channels": self.expert_ffn_size} if self.top_k else {},
         }
         for symbol, more in by_symbol.items():
             numbers |= more if symbol in self.pattern else {}

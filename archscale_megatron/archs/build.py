@@ -75,10 +75,7 @@ def build_architecture(
         )
 
     hidden_size = (aspect_ratio or chosen.aspect_ratio) * depth
-    heads = num_heads or chosen.num_heads or depth
-    # A family's own number of key-value heads goes with its own number of heads.
-    own = chosen.num_kv_heads if num_heads is None else None
-    kv_heads = num_kv_heads or own or max(1, heads // 4)
+    heads, kv_heads = _heads(chosen, depth, num_heads, num_kv_heads)
     head_dim = head_dim or chosen.head_dim or hidden_size // heads
     if chosen.rope and head_dim % 2:
         raise ValueError(f"--head-dim {head_dim}: RoPE turns pairs of channels, so it must be even")
@@ -125,13 +122,20 @@ def _family(name: str, depth: int) -> Family:
     return FAMILIES[name](depth)
 
 
+def _heads(
+    chosen: Family, depth: int, num_heads: int | None = None, num_kv_heads: int | None = None
+) -> tuple[int, int]:
+    """Heads and key-value heads. A family's own number of the second goes with its own number of the first."""
+    heads = num_heads or chosen.num_heads or depth
+    own = chosen.num_kv_heads if num_heads is None else None
+    return heads, num_kv_heads or own or max(1, heads // 4)
+
+
 def _legal_depths(name: str, differential: bool) -> str:
     """Depths up to 32 that `name` can have without overrides of its numbers."""
     legal = []
     for depth in range(4, 33, 4):
-        chosen = FAMILIES[name](depth)
-        heads = chosen.num_heads or depth
-        kv_heads = chosen.num_kv_heads or max(1, heads // 4)
+        heads, kv_heads = _heads(FAMILIES[name](depth), depth)
         if heads % kv_heads == 0 and not (differential and kv_heads % 2):
             legal.append(str(depth))
     return ", ".join(legal)

@@ -47,9 +47,14 @@ def payloads(arch: Architecture, pattern: str) -> list[Payload]:
 
 def imbalance(arch: Architecture, pattern: str, sequence_length: int) -> float:
     """Cost of the most expensive segment of `pattern` (`arch.pattern` with pipes) over that of the mean segment."""
-    costs = iter(_costs(arch, sequence_length))
-    segments = [sum(next(costs) for _ in segment) for segment in pattern.split(PIPE)]
+    segments = segment_flops(arch, pattern, sequence_length)
     return max(segments) / sum(segments) * len(segments)
+
+
+def segment_flops(arch: Architecture, pattern: str, sequence_length: int) -> list[float]:
+    """Forward FLOPs per token of each segment of `pattern`; the last one's with the output layer's."""
+    costs = iter(_costs(arch, sequence_length))
+    return [sum(next(costs) for _ in segment) for segment in pattern.split(PIPE)]
 
 
 def boundary_bytes(arch: Architecture, pattern: str) -> list[int]:

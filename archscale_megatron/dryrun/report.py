@@ -8,8 +8,7 @@ from typing import Any
 
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 
-from archscale_megatron.archs.architecture import PIPE
-from archscale_megatron.archs.counts import layer_flops, output_flops
+from archscale_megatron.archs.splits import segment_flops
 from archscale_megatron.dryrun.bubble import bubble
 from archscale_megatron.dryrun.stage import Stage
 
@@ -58,11 +57,9 @@ def summary(args: argparse.Namespace, stages: list[Stage], kernels: str) -> dict
 def bubbles(args: argparse.Namespace, microbatches: int) -> tuple[float, float]:
     """The pipeline bubble if all stages took equally long, and with times in proportion to their FLOPs."""
     arch, pp = args.architecture, args.pipeline_model_parallel_size
-    segments = args.hybrid_layer_pattern.split(PIPE)
-    flops = [sum(layer_flops(arch, symbol, args.seq_length) for symbol in segment) for segment in segments]
-    flops[-1] += output_flops(arch)
+    flops = segment_flops(arch, args.hybrid_layer_pattern, args.seq_length)
     schedule = pp, microbatches, args.microbatch_group_size_per_vp_stage
-    return bubble([1.0] * len(segments), *schedule), bubble(flops, *schedule)
+    return bubble([1.0] * len(flops), *schedule), bubble(flops, *schedule)
 
 
 def table(found: dict[str, Any]) -> str:

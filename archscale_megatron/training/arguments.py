@@ -19,7 +19,7 @@ from archscale_megatron.archs.build import build_architecture
 from archscale_megatron.archs.families import FAMILIES
 from archscale_megatron.archs.options import add_overrides, overrides
 from archscale_megatron.layers.backend import backend_for
-from archscale_megatron.training.experts import add_expert_arguments, set_experts
+from archscale_megatron.training.experts import set_experts
 from archscale_megatron.training.layout import check_layout, layer_pattern
 from archscale_megatron.training.megatron_options import (
     FIXED,
@@ -47,7 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help=f"the loss from all logits, or from blocks of the vocabulary; auto: that above {CHUNKED_ABOVE:,} entries",
     )
     group.add_argument("--label-smoothing", type=float, default=0.0, help="in training and validation loss (0)")
-    add_expert_arguments(group)
+    group.add_argument(
+        "--global-aux", action="store_true", help="balance the experts' load over all data-parallel ranks"
+    )
     group.add_argument("--reset-at-eod", action="store_true", help="no layer looks beyond an end-of-document token")
     group.add_argument("--train-name", help="an ArchScale run name, such as scaling_tie_varlen: its words are options")
     return parser

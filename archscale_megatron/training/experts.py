@@ -1,4 +1,4 @@
-"""Arguments of experts: ours, and what Megatron's are set to."""
+"""What Megatron's arguments of experts are set to."""
 
 from __future__ import annotations
 
@@ -19,13 +19,6 @@ FIXED_EXPERTS: dict[str, Any] = {
 EXPERT_RECOMPUTE_MODULES = ["moe", "shared_experts"]
 LOAD_BALANCING = ["aux_loss", "seq_aux_loss", "global_aux_loss", "none"]
 AUX_LOSS_COEFFICIENT = 1e-3  # ArchScale's default
-
-
-def add_expert_arguments(group: argparse._ArgumentGroup) -> None:
-    """How their load is balanced; what they are, `archs.options` has, and the rest is Megatron's group `moe`."""
-    group.add_argument(
-        "--global-aux", action="store_true", help="balance the experts' load over all data-parallel ranks"
-    )
 
 
 def expert_dimensions(arch: Architecture) -> dict[str, Any]:
