@@ -33,6 +33,7 @@ TRACKER = "latest_checkpointed_iteration.txt"  # Megatron's, beside the checkpoi
 KEPT_FROM_TRAINING = (
     "seq_length", "max_position_embeddings", "vocab_size", "untie_embeddings_and_output_weights",
     "make_vocab_size_divisible_by", "bf16", "fp16", "tokenizer_type", "tokenizer_model",
+    "parametrization",
 )  # fmt: skip
 
 

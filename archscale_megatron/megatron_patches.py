@@ -28,6 +28,7 @@ def apply() -> None:
     _adam_without_fused_libraries()
     _fp32_parameters_first()
     _synchronous_save_without_manager()
+    _optimizer_groups()
     _layer_symbols()
     _shared_state_between_stages()
     _throughput_of_hybrid_models()
@@ -187,6 +188,24 @@ def _synchronous_save_without_manager() -> None:
             filesystem_async.get_write_results_queue = manager_queue
 
     TorchDistSaveShardedStrategy.save = save
+
+
+def _optimizer_groups() -> None:
+    """`pretrain` builds the optimizer's parameter groups itself and takes none from its caller.
+
+    training/training.py:1962 (`get_megatron_optimizer_config`), used at :2117. On a GPU as well.
+    """
+    from megatron.training import training
+
+    from archscale_megatron.mup.overrides import optimizer_overrides
+
+    original = training.get_megatron_optimizer_config
+
+    def get_megatron_optimizer_config(args: Any) -> tuple[Any, dict[Any, Any]]:
+        config, _ = original(args)
+        return config, optimizer_overrides(args.parametrization, config)
+
+    training.get_megatron_optimizer_config = get_megatron_optimizer_config
 
 
 def _layer_symbols() -> None:

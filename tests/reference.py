@@ -73,6 +73,12 @@ MISTAKES = {
         "queries not normed", "cross queries normed", "no bias of in_proj", "no bias of out_proj",
         "pairs of distant values", "gate of the next head", "memory before the attention's gate",
     ),
+    "sambay with multipliers": (
+        "no multiplier of logits", "no multiplier of mixers", "no multiplier of MLPs", "no multiplier of the softmax",
+    ),
+    "sambayda with multipliers": ("no multiplier of mixers", "no multiplier of the softmax"),
+    "transformersa with multipliers": ("no multiplier of logits", "no multiplier of the softmax"),
+    "sambay_gqa4_moe with multipliers": ("no multiplier of MLPs", "no multiplier of the router"),
     "transformer_gqa4_h2_moe": ("gate and up swapped", "softmax before top-k", "one expert too few", "weights squared"),
     "sambay_gqa4_moe": ("softmax before top-k", "weights squared", "shared expert not scaled", "no shared expert"),
 }  # fmt: skip
@@ -96,6 +102,10 @@ class Reference:
     mistake: str | None = None
     experts_per_token: int = 0
     sqrt_gate: bool = False
+    logit_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    router_multiplier: float = 1.0
+    softmax_scale: float | None = None
 
     def mixers(self) -> list[str]:
         """The mixer of each layer."""
@@ -159,12 +169,17 @@ class Reference:
                 mask = self._mask(tokens.shape[1], kind)
                 memories["attention", i], out = self._gated_attention(u, query, key, value, mask, p, i)
                 out = self._linear(out, p, "linear_proj")
-            x = x + out
+            mixers, mlps = self._multipliers("mixers", "MLPs", of=self.residual_multiplier)
+            x = x + mixers * out
             p = _layer(parameters, 2 * i + 1)
             out, memories["gate", i], memories["up", i] = self._mlp(self._norm(x, p, "norm"), p)
-            x = x + out
+            x = x + mlps * out
         x = self._norm(x, parameters, "decoder.final_norm")
-        return x @ parameters.get("output_layer.weight", embedding).T
+        (multiplier,) = self._multipliers("logits", of=self.logit_multiplier)
+        return multiplier * (x @ parameters.get("output_layer.weight", embedding).T)
+
+    def _multipliers(self, *names: str, of: float) -> list[float]:
+        return [1.0 if self.mistake == f"no multiplier of {name}" else of for name in names]
 
     def _norm(self, x: Tensor, p: dict[str, Tensor], name: str) -> Tensor:
         """LayerNorm where it has a bias, else RMSNorm."""
@@ -182,6 +197,8 @@ class Reference:
     def _mlp(self, x: Tensor, p: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """The output, the gate before silu, and the up branch; of experts, the output thrice."""
         if "mixer.router.weight" in p:
+            (multiplier,) = self._multipliers("the router", of=self.router_multiplier)
+            p = p | {"mixer.router.weight": multiplier * p["mixer.router.weight"]}
             output = experts(x, p, self.experts_per_token, self.sqrt_gate, self.mistake)[0]
             return output, output, output
         gate, up = self._linear(x, p, "linear_fc1").chunk(2, -1)
@@ -264,10 +281,12 @@ class Reference:
             out.append(self._weights(query[:, :, head], key[:, :, group], mask, logit) @ value[:, :, group])
         return torch.stack(out, 2)
 
-    @staticmethod
-    def _weights(query: Tensor, key: Tensor, mask: Tensor, sink: Tensor | None = None) -> Tensor:
+    def _weights(self, query: Tensor, key: Tensor, mask: Tensor, sink: Tensor | None = None) -> Tensor:
         """One head's attention map: query and key [b, s, d] -> [b, s, s]; the sink is one more logit of each query."""
-        scores = (query @ key.mT / math.sqrt(query.shape[-1])).masked_fill(~mask, -math.inf)
+        scale = 1 / math.sqrt(query.shape[-1])
+        if self.softmax_scale is not None and self.mistake != "no multiplier of the softmax":
+            scale = self.softmax_scale
+        scores = (scale * (query @ key.mT)).masked_fill(~mask, -math.inf)
         if sink is None:
             return scores.softmax(-1)
         return torch.cat([sink.expand(*scores.shape[:-1], 1), scores], -1).softmax(-1)[..., 1:]

@@ -77,6 +77,7 @@ GUARDED = {
             "5528981e75e7",
         ),
     ],
+    "_optimizer_groups": [("training/training.py", "get_megatron_optimizer_config", "414f2e721a13")],
     "_layer_symbols": [("core/models/hybrid/hybrid_layer_allocation.py", "Symbols", "39922661ee42")],
     "_shared_state_between_stages": [
         ("core/pipeline_parallel/p2p_communication.py", "P2PCommunicator", "18d791a6d8eb"),

@@ -85,6 +85,9 @@ class Architecture(Options):
         state_size, expand: Mamba-1's d_state and d_inner / hidden_size.
         mamba2_state_size, mamba2_head_dim: Mamba-2's; its heads share one group of B and C.
         gdn_head_dim: size of a gated delta net's queries and keys; its values are twice as large.
+        logit_multiplier, residual_multiplier, router_multiplier: of the last hidden states, of each layer's output
+            before it is added, and of the router's logits (`mup.rules`).
+        softmax_scale: of attention logits; None is 1 / sqrt(head_dim).
     """
 
     family: str
@@ -107,6 +110,10 @@ class Architecture(Options):
     mamba2_state_size: int = 128
     mamba2_head_dim: int = 64
     gdn_head_dim: int = 256
+    logit_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    router_multiplier: float = 1.0
+    softmax_scale: float | None = None
 
     def __post_init__(self) -> None:
         heads, kv_heads = self.num_attention_heads, self.num_query_groups

@@ -25,7 +25,7 @@ class HybridLayerSubmodules:
 
 
 class HybridLayer(MegatronModule):
-    """x + dropout(mixer(norm(x))), summed in the dtype of the residual stream (fp32).
+    """x + dropout(residual_multiplier * mixer(norm(x))), summed in the dtype of the residual stream (fp32).
 
     Args:
         layer_number: 1-based global index of this hybrid layer, as in Megatron.
@@ -55,6 +55,13 @@ class HybridLayer(MegatronModule):
 
     def forward(self, hidden_states: Tensor, state: SharedState, context: SequenceContext) -> Tensor:
         """hidden_states [s, b, h] (s / tp under sequence parallelism) -> the same shape and dtype."""
-        output = self.mixer(self.norm(hidden_states), state, context)
+        output, bias = self.mixer(self.norm(hidden_states), state, context)
+        multiplier = self.config.architecture.residual_multiplier
+        output, bias = scaled(output, multiplier), None if bias is None else scaled(bias, multiplier)
         add = get_bias_dropout_add(self.training, self.config.bias_dropout_fusion)
-        return add(output, hidden_states, self.config.hidden_dropout)
+        return add((output, bias), hidden_states, self.config.hidden_dropout)
+
+
+def scaled(x: Tensor, multiplier: float) -> Tensor:
+    """multiplier * x; x itself if the multiplier is 1."""
+    return x if multiplier == 1 else x * multiplier

@@ -32,6 +32,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from archscale_megatron.archs.architecture import MOE, Architecture, Payload
+from archscale_megatron.layers.hybrid_layer import scaled
 from archscale_megatron.layers.shared_state import SequenceContext, SharedState
 
 
@@ -40,6 +41,7 @@ class Router(TopKRouter):
 
     Args:
         sqrt_gate: weigh experts with the square roots of their probabilities.
+        logit_multiplier: of the logits, before any softmax (`mup.rules`).
     """
 
     def __init__(
@@ -49,9 +51,15 @@ class Router(TopKRouter):
         is_mtp_layer: bool = False,
         *,
         sqrt_gate: bool,
+        logit_multiplier: float,
     ) -> None:
         super().__init__(config, pg_collection, is_mtp_layer)
         self.sqrt_gate = sqrt_gate
+        self.logit_multiplier = logit_multiplier
+
+    def gating(self, input: Tensor) -> Tensor:
+        """[s, b, h] -> logits [s, b, experts]."""
+        return scaled(super().gating(input), self.logit_multiplier)
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """logits fp32 [s, b, experts] -> weights fp32 and choices bool, [s b, experts] each."""
@@ -127,7 +135,7 @@ def moe_spec(backend: BackendSpecProvider, arch: Architecture, grouped_gemm: boo
     submodules = MoESubmodules(
         experts=backend.grouped_mlp_modules(grouped_gemm),
         shared_experts=partial(SharedExpertMLP, submodules=shared),
-        router=partial(Router, sqrt_gate=arch.sqrt_gate),
+        router=partial(Router, sqrt_gate=arch.sqrt_gate, logit_multiplier=arch.router_multiplier),
     )
     return ModuleSpec(
         module=MoEMixer, submodules=submodules, params={"pattern": arch.pattern, "sqrt_gate": arch.sqrt_gate}

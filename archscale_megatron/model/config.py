@@ -9,6 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from archscale_megatron.archs.architecture import Architecture, Payload
 from archscale_megatron.archs.splits import payloads
 from archscale_megatron.model.payload import packed_width
+from archscale_megatron.mup.rules import Parametrization
 
 
 @dataclass
@@ -16,12 +17,14 @@ class HybridConfig(TransformerConfig):
     """
     Attributes:
         architecture: what the model is.
+        parametrization: how it is initialised, and its optimizer's groups (its multipliers are in `architecture`).
         layer_pattern: `architecture.pattern` with a pipe at each boundary of (virtual) pipeline stages.
         chunked_cross_entropy: the loss from blocks of the vocabulary, without all logits at once (`ops`).
         label_smoothing: weight of the mean over the vocabulary in the loss, in [0, 1).
     """
 
     architecture: Architecture = None  # type: ignore[assignment]  # required, but behind fields with defaults
+    parametrization: Parametrization = Parametrization()
     layer_pattern: str = ""
     chunked_cross_entropy: bool = False
     label_smoothing: float = 0.0

@@ -86,5 +86,5 @@ def build_model(
         vp_stage=vp_stage,
     )
     if not config.init_model_with_meta_device:
-        initialize_parameters(model, arch, seed)
+        initialize_parameters(model, arch, config.parametrization, seed)
     return model

@@ -17,6 +17,7 @@ from megatron.core.transformer.utils import sharded_state_dict_default
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor, nn
 
+from archscale_megatron.layers.hybrid_layer import scaled
 from archscale_megatron.layers.norm import norm_class
 from archscale_megatron.layers.shared_state import SequenceContext, SharedState
 from archscale_megatron.model.config import HybridConfig
@@ -100,7 +101,8 @@ class SharedStateStack(MegatronModule):
                 run = self._recomputed if recompute else self._run
                 hidden_states = run(start, stop, hidden_states, state, context)
         if self.post_process:
-            hidden_states = self.final_norm(hidden_states)
+            # Here, not on the logits: so it reaches every loss, and is exact in the scale of the norm on export.
+            hidden_states = scaled(self.final_norm(hidden_states), self.config.architecture.logit_multiplier)
         else:
             hidden_states = pack(hidden_states, state, self.payload_out, self.width_out)
         # The schedules free the data of what is sent; a view would keep it alive.

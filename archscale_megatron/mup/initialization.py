@@ -1,22 +1,8 @@
-"""Initial values of parameters: one global draw each, the same at every parallel layout.
-
-Standard parametrisation (SP) as ArchScale e77b786 initialises it; arXiv 2507.06607, Table 6:
-
-    embedding                  N(0, 0.02^2) tied, N(0, 1e-4^2) untied
-    output layer, matrices     N(0, 0.02^2)
-    a layer's last projection  N(0, 0.02^2) / sqrt(2 depth)
-    causal conv                U(-1/sqrt(kernel), 1/sqrt(kernel))
-    A_log                      log(1..state size) in Mamba-1, log U(1, 16) in Mamba-2, log U(0, 16) in a gated delta net
-    D                          1
-    dt_proj.bias, dt_bias      softplus^-1 of a step size drawn log-uniformly from [1e-3, 0.1], at least 1e-4
-    lambdas                    N(0, 0.1^2) (differential attention)
-    norms, sinks, biases       1, 0, 0
-"""
+"""Initial values of parameters: one global draw each, the same at every parallel layout (`mup.rules` says which)."""
 
 from __future__ import annotations
 
 import hashlib
-import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,9 +12,10 @@ import torch
 from megatron.core import parallel_state
 from torch import Generator, Tensor, nn
 
-from archscale_megatron.archs.architecture import MAMBA1, MAMBA2, Architecture
+from archscale_megatron.archs.architecture import Architecture
+from archscale_megatron.mup.classes import ParameterClass, parameter_class
+from archscale_megatron.mup.rules import Parametrization
 
-LAST_PROJECTIONS = ("out_proj.weight", "linear_proj.weight", "linear_fc2.weight")
 # Rows of vocabulary-sized parameters are drawn in blocks, so that padding does not change the others.
 VOCABULARY_BLOCK = 64
 EXPERT = re.compile(
@@ -60,48 +47,28 @@ def named_global_parameters(model: Any) -> Iterator[tuple[str, Any]]:
 
 
 @torch.no_grad()
-def initialize_parameters(model: nn.Module, arch: Architecture, seed: int) -> None:
+def initialize_parameters(model: nn.Module, arch: Architecture, parametrization: Parametrization, seed: int) -> None:
     """Give every parameter of this rank its part of the global draw that `seed` and its name decide."""
     for name, parameter in named_global_parameters(model):
         digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
         generator = torch.Generator(device=parameter.device).manual_seed(int.from_bytes(digest[:7]))
         split = partition_of(name, parameter)
-        shape = list(parameter.shape)
-        if split:
-            shape[split.dim] *= split.size
-        values = initial_values(name, tuple(shape), arch, generator)
+        values = initial_values(name, whole_shape(parameter, split), arch, parametrization, generator)
         if split:
             values = partition(values, split.dim, split.blocks, split.size, split.rank)
         parameter.copy_(values)
 
 
-def initial_values(name: str, shape: tuple[int, ...], arch: Architecture, generator: Generator) -> Tensor:
+def initial_values(
+    name: str, shape: tuple[int, ...], arch: Architecture, parametrization: Parametrization, generator: Generator
+) -> Tensor:
     """The whole parameter `name`, fp32, on the generator's device."""
     values = torch.empty(shape, device=generator.device)
-    if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
-        std = 0.02 if arch.tied_embeddings or name.startswith("output_layer") else 1e-4
-        for rows in values.split(VOCABULARY_BLOCK):
-            rows.normal_(0.0, std, generator=generator)
-        return values
-    if "norm" in name or name.endswith("mixer.D"):
-        return values.fill_(0.0 if name.endswith("bias") else 1.0)
-    if name.endswith("A_log"):
-        mixer = arch.pattern[int(name.split(".")[2])]
-        if mixer == MAMBA1:
-            return values.copy_(torch.arange(1, shape[1] + 1, device=values.device).log())
-        return values.uniform_(1.0 if mixer == MAMBA2 else 0.0, 16.0, generator=generator).log_()
-    if name.endswith(("dt_proj.bias", "dt_bias")):
-        step = values.uniform_(math.log(1e-3), math.log(0.1), generator=generator).exp_().clamp_(min=1e-4)
-        return step + torch.log(-torch.expm1(-step))
-    if ".conv1d." in name:
-        bound = arch.conv_kernel**-0.5
-        return values.uniform_(-bound, bound, generator=generator)
-    if name.endswith(("bias", "core_attention.sink")):
-        return values.zero_()
-    if ".lambda_" in name:
-        return values.normal_(0.0, 0.1, generator=generator)
-    std = 0.02 / math.sqrt(2 * arch.depth) if name.endswith(LAST_PROJECTIONS) else 0.02
-    return values.normal_(0.0, std, generator=generator)
+    distribution = parametrization.initial(name, shape, arch)
+    of_vocabulary = parameter_class(name) in (ParameterClass.EMBEDDING, ParameterClass.OUTPUT)
+    for block in values.split(VOCABULARY_BLOCK) if of_vocabulary else [values]:
+        distribution.draw(block, generator)
+    return values
 
 
 def blocks_of(parameter: Any, size: int) -> tuple[int, ...]:
@@ -141,3 +108,11 @@ def partition_of(name: str, parameter: Any) -> Partition | None:
         size = parallel_state.get_tensor_model_parallel_world_size()
         rank = parallel_state.get_tensor_model_parallel_rank()
     return Partition(parameter.partition_dim, blocks_of(parameter, size), size, rank)
+
+
+def whole_shape(parameter: Tensor, split: Partition | None) -> tuple[int, ...]:
+    """Of the parameter over all ranks; `split` is what `partition_of` says of it."""
+    shape = list(parameter.shape)
+    if split:
+        shape[split.dim] *= split.size
+    return tuple(shape)

@@ -20,11 +20,10 @@ def linear_cross_entropy(
     *,
     vocab_size: int,
     label_smoothing: float = 0.0,
-    logit_scale: float = 1.0,
     tp_group: dist.ProcessGroup | None = None,
     block_size: int | None = None,
 ) -> Tensor:
-    """Cross entropy of `logit_scale * hidden @ weight.T`, of which only a block of columns is there at a time.
+    """Cross entropy of `hidden @ weight.T`, of which only a block of columns is there at a time.
 
     The vocabulary is what is cut, not the tokens: each row of `weight` is upcast once a pass, its gradient is summed in
     fp32 over all tokens and written once, and tensor-parallel ranks exchange one maximum and one sum a token, however
@@ -48,9 +47,7 @@ def linear_cross_entropy(
     if block_size is None:
         multiples = BLOCK_LOGITS // (max(labels.numel(), 1) * BLOCK_MULTIPLE)
         block_size = max(multiples, 1) * BLOCK_MULTIPLE
-    return _LinearCrossEntropy.apply(
-        hidden, weight, labels, vocab_size, label_smoothing, logit_scale, tp_group, block_size
-    )
+    return _LinearCrossEntropy.apply(hidden, weight, labels, vocab_size, label_smoothing, tp_group, block_size)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -62,14 +59,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         labels: Tensor,
         vocab_size: int,
         label_smoothing: float,
-        logit_scale: float,
         tp_group: dist.ProcessGroup | None,
         block_size: int,
     ) -> Tensor:
         parallel = tp_group is not None and tp_group.size() > 1
         first = tp_group.rank() * len(weight) if tp_group is not None else 0
         local_labels, local_vocab_size = labels.flatten() - first, vocab_size - first
-        x = _upcast(hidden.flatten(0, -2), logit_scale)
+        x = _upcast(hidden.flatten(0, -2))
 
         # Over the columns so far: the maximum, the sum of exp(logit - maximum), and what the loss takes away from
         # their logarithm, (1 - e) * the label's logit + e * the mean logit.
@@ -93,15 +89,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
             dist.all_reduce(sums, group=tp_group)
 
         ctx.save_for_backward(hidden, weight, local_labels, maximum, normalizer)
-        ctx.options = (vocab_size, local_vocab_size, label_smoothing, logit_scale, block_size)
+        ctx.options = (vocab_size, local_vocab_size, label_smoothing, block_size)
         return (normalizer.log() + (maximum - taken)).view(labels.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, local_labels, maximum, normalizer = ctx.saved_tensors
-        vocab_size, local_vocab_size, label_smoothing, logit_scale, block_size = ctx.options
-        x = _upcast(hidden.flatten(0, -2), logit_scale)
+        vocab_size, local_vocab_size, label_smoothing, block_size = ctx.options
+        x = _upcast(hidden.flatten(0, -2))
         grad = grad_losses.reshape(-1, 1)
         grad_x, grad_weight = torch.zeros_like(x), torch.empty_like(weight)
         for start in range(0, len(weight), block_size):
@@ -115,13 +111,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_x.addmm_(grad_logits, rows)
             grad_weight[start : start + block_size] = grad_logits.t() @ x
             del logits, grad_logits  # before the next block's are made
-        grad_hidden = (grad_x * logit_scale).to(hidden.dtype).view(hidden.shape)
-        return grad_hidden, grad_weight, None, None, None, None, None, None
+        grad_hidden = grad_x.to(hidden.dtype).view(hidden.shape)
+        return grad_hidden, grad_weight, None, None, None, None, None
 
 
-def _upcast(tensor: Tensor, scale: float = 1.0) -> Tensor:
-    tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-    return tensor if scale == 1 else tensor * scale
+def _upcast(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _label_column(labels: Tensor, start: int, logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from archscale_megatron.archs.build import build_architecture
 from archscale_megatron.archs.families import FAMILIES
 from archscale_megatron.archs.options import add_overrides, overrides
 from archscale_megatron.layers.backend import backend_for
+from archscale_megatron.mup.rules import Parametrization
 from archscale_megatron.training.experts import set_experts
 from archscale_megatron.training.layout import check_layout, layer_pattern
 from archscale_megatron.training.megatron_options import (
@@ -52,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     )
     group.add_argument("--reset-at-eod", action="store_true", help="no layer looks beyond an end-of-document token")
     group.add_argument("--train-name", help="an ArchScale run name, such as scaling_tie_varlen: its words are options")
+    parser.set_defaults(parametrization=Parametrization())
     return parser
 
 
@@ -137,6 +139,7 @@ def apply_arguments(args: argparse.Namespace, explicit: dict[str, str]) -> None:
     )
     if arch.rotary_base is not None:  # the word rbase, unlike the option, may be said of any model
         arch = args.architecture = replace(arch, rotary_base=named.get("rotary_base", arch.rotary_base))
+    arch = args.architecture = args.parametrization.apply(arch)
     refuse_contradictions(args, arch, explicit)
     check_layout(args, arch)
     _choose_loss(args, arch, explicit)
@@ -234,4 +237,5 @@ def _set_dimensions(args: argparse.Namespace, arch: Architecture) -> None:
     multiple = math.lcm(args.make_vocab_size_divisible_by, args.tensor_model_parallel_size)
     args.padded_vocab_size = math.ceil(arch.vocab_size / multiple) * multiple
     args.max_position_embeddings = args.max_position_embeddings or args.seq_length
+    args.softmax_scale = arch.softmax_scale
     args.perform_initialization = False  # ours does not depend on the layout (mup.initialization)

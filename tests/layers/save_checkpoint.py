@@ -30,7 +30,7 @@ from tests.parallel.layouts import tiny  # noqa: E402
 def random_model(family: str, tp: int) -> HybridModel:
     """The same parameters at every layout."""
     usual = initialization.initial_values
-    initialization.initial_values = lambda _, shape, arch, generator: torch.randn(
+    initialization.initial_values = lambda _, shape, arch, parametrization, generator: torch.randn(
         shape, generator=generator, device=generator.device
     )
     try:

@@ -22,11 +22,13 @@ from archscale_megatron.mup.initialization import (
     named_global_parameters,
     partition,
 )
+from archscale_megatron.mup.rules import Parametrization
 from tests.model.building import build
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
 SEED = 3407
+SP = Parametrization()
 DEPTH = 8
 
 
@@ -115,7 +117,7 @@ def test_parameters_of_heads(family: str, lowest: float) -> None:
 
     def draw(name: str) -> Tensor:
         generator = torch.Generator().manual_seed(SEED)
-        return initial_values(f"decoder.layers.0.mixer.{name}", (10_000,), architecture(family=family), generator)
+        return initial_values(f"decoder.layers.0.mixer.{name}", (10_000,), architecture(family=family), SP, generator)
 
     assert_drawn_from(draw("A_log").double().exp().clamp(lowest, 16), uniform(lowest, 16))
     step = torch.nn.functional.softplus(draw("dt_bias").double()).log()
@@ -200,7 +202,7 @@ def test_global_random_state_is_neither_used_nor_changed() -> None:
     model = unfilled_rank(1)
     torch.manual_seed(2)
     before = torch.get_rng_state()
-    initialize_parameters(model, architecture(), SEED)
+    initialize_parameters(model, architecture(), SP, SEED)
     assert torch.equal(torch.get_rng_state(), before)
     for name, values in values_of(model).items():
         assert torch.equal(values, initialised()[name]), name
@@ -242,7 +244,7 @@ def test_tensor_parallel_ranks_hold_the_parts_of_one_draw(
         with monkeypatch.context() as patch:
             patch.setattr(parallel_state, "get_tensor_model_parallel_world_size", lambda: size)
             patch.setattr(parallel_state, "get_tensor_model_parallel_rank", lambda rank=rank: rank)
-            initialize_parameters(model, architecture(family=family), SEED)
+            initialize_parameters(model, architecture(family=family), SP, SEED)
         ranks.append(dict(named_global_parameters(model)))
     for name, whole in expected.items():
         parts = [parameters[name] for parameters in ranks]
@@ -271,7 +273,7 @@ def test_padding_of_the_vocabulary_changes_no_other_row(name: str) -> None:
 
     def rows(count: int) -> Tensor:
         generator = torch.Generator(device).manual_seed(3)
-        return initial_values(name, (count, 40), architecture(tied=False), generator)
+        return initial_values(name, (count, 40), architecture(tied=False), SP, generator)
 
     longest = rows(8 * VOCABULARY_BLOCK)
     for blocks in range(1, 8):

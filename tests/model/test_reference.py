@@ -33,7 +33,12 @@ EXPERTS = {
     "transformer_gqa4_h2_moe": {"sparsity": 3, "top_k": 4},
     "sambay_gqa4_moe": {"sparsity": 2, "top_k": 4, "shared_expert": True, "sqrt_gate": True},
 }
-MODELS = (*FAMILIES, *WITH_OPTIONS)
+# What a parametrisation sets; no two alike.
+MULTIPLIERS = {"logit_multiplier": 0.7, "residual_multiplier": 0.4, "router_multiplier": 0.5, "softmax_scale": 0.6}
+WITH_MULTIPLIERS = tuple(
+    f"{family} with multipliers" for family in ("sambay", "sambayda", "transformersa", "sambay_gqa4_moe")
+)
+MODELS = (*FAMILIES, *WITH_OPTIONS, *WITH_MULTIPLIERS)
 Outputs = tuple[Tensor, Tensor, dict[str, Tensor]]  # logits, losses, gradients
 BATCH, SEQUENCE = 2, 37  # several windows, and a multiple of nothing
 
@@ -56,16 +61,18 @@ def architecture(model: str, tied: bool = True) -> Architecture:
     heads = {} if own else {"num_heads": 8, "num_kv_heads": 4}
     arch = build_architecture(
         family, 8, aspect_ratio=5, head_dim=8, local_window=5, context_length=18, vocab_size=96,
-        tied_embeddings=tied, **heads, **WITH_OPTIONS.get(model, EXPERTS.get(model, {})),
+        tied_embeddings=tied, **heads, **WITH_OPTIONS.get(model, EXPERTS.get(family, {})),
     )  # fmt: skip
     # 8 heads of 10 channels, 2 heads with keys of 15
-    return dataclasses.replace(arch, mamba2_head_dim=10, mamba2_state_size=6, gdn_head_dim=15)
+    multipliers = MULTIPLIERS if model in WITH_MULTIPLIERS else {}
+    return dataclasses.replace(arch, mamba2_head_dim=10, mamba2_state_size=6, gdn_head_dim=15, **multipliers)
 
 
 def reference_for(arch: Architecture, mistake: str | None = None) -> Reference:
     return Reference(
         arch.family, arch.depth, arch.num_attention_heads, arch.num_query_groups, arch.window, arch.full_window,
-        arch.rotary_base, mistake, arch.experts_per_token, arch.sqrt_gate,
+        arch.rotary_base, mistake, arch.experts_per_token, arch.sqrt_gate, arch.logit_multiplier,
+        arch.residual_multiplier, arch.router_multiplier, arch.softmax_scale,
     )  # fmt: skip
 
 

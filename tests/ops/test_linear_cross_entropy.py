@@ -23,8 +23,8 @@ TOLERANCE = 1e-5
 LARGE = {"tokens": 2048, "vocab_size": 200_064, "hidden_size": 64}
 
 
-def reference(hidden, weight, labels, *, vocab_size, label_smoothing=0.0, logit_scale=1.0):
-    log_p = torch.log_softmax(logit_scale * hidden @ weight.t(), dim=-1)
+def reference(hidden, weight, labels, *, vocab_size, label_smoothing=0.0):
+    log_p = torch.log_softmax(hidden @ weight.t(), dim=-1)
     nll = -log_p.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
     return (1 - label_smoothing) * nll - label_smoothing * log_p[..., :vocab_size].mean(-1)
 
@@ -62,10 +62,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("logit_scale", [1.0, 0.25])
 @pytest.mark.parametrize(("shape", "rows", "vocab_size", "block", "smoothing"), CASES.values(), ids=CASES)
-def test_losses_and_gradients(shape, rows, vocab_size, block, smoothing, logit_scale) -> None:
-    options = {"vocab_size": vocab_size, "label_smoothing": smoothing, "logit_scale": logit_scale}
+def test_losses_and_gradients(shape, rows, vocab_size, block, smoothing) -> None:
+    options = {"vocab_size": vocab_size, "label_smoothing": smoothing}
     expected = with_gradients(reference, *inputs(shape, rows, vocab_size), **options)
     for dtype, tolerance in ((torch.float64, 1e-13), (torch.float32, 1e-6)):
         given = inputs(shape, rows, vocab_size, dtype=dtype)
@@ -123,7 +122,7 @@ def parallel() -> None:
     for vocab_size in (48, 40, 20):  # no padding, some, and a rank with nothing else
         for smoothing in (0.0, 0.1):
             for block in (5, 8, 100):
-                options = {"vocab_size": vocab_size, "label_smoothing": smoothing, "logit_scale": 0.5}
+                options = {"vocab_size": vocab_size, "label_smoothing": smoothing}
                 given = inputs((5, 3), 48, vocab_size)
                 losses, grad_hidden, grad_weight = with_gradients(reference, *given, **options)
                 hidden, weight, labels, grad = given

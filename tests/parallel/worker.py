@@ -42,6 +42,7 @@ from archscale_megatron.archs.architecture import MOE  # noqa: E402
 from archscale_megatron.model.config import HybridConfig  # noqa: E402
 from archscale_megatron.model.spec import build_model  # noqa: E402
 from archscale_megatron.mup.initialization import named_global_parameters, partition_of  # noqa: E402
+from archscale_megatron.mup.overrides import optimizer_overrides  # noqa: E402
 from archscale_megatron.ops.documents import starts_of_documents  # noqa: E402
 from tests.model import building  # noqa: E402
 from tests.parallel.layouts import (  # noqa: E402
@@ -145,14 +146,12 @@ def train(family: str, layout: Layout) -> dict[str, Tensor]:
         config.no_sync_func = chunks[0].no_sync
     # A large epsilon makes the update a smooth function of the gradient: otherwise the sign of a gradient that is all
     # but zero decides a whole step.
-    optimizer = get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer="adam", lr=1e-3, weight_decay=0.1, adam_eps=1e-4, clip_grad=1.0,
-            use_distributed_optimizer=True, bf16=layout.bf16, params_dtype=config.params_dtype,
-            overlap_param_gather=layout.overlap,
-        ),
-        chunks,
+    optimizer_config = OptimizerConfig(
+        optimizer="adam", lr=1e-3, weight_decay=0.1, adam_eps=1e-4, clip_grad=1.0, use_distributed_optimizer=True,
+        bf16=layout.bf16, params_dtype=config.params_dtype, overlap_param_gather=layout.overlap,
     )  # fmt: skip
+    overrides = optimizer_overrides(config.parametrization, optimizer_config)
+    optimizer = get_megatron_optimizer(optimizer_config, chunks, config_overrides=overrides)
     generator = torch.Generator().manual_seed(5)
     run: dict[str, Tensor] = {}
     for step in range(STEPS):
