@@ -1,0 +1,1 @@
+"""Sweeps, scaling laws and what a run will cost: `python -m archscale_megatron.scaling`."""
