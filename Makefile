@@ -5,7 +5,7 @@ SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-print-directory
-.PHONY: help install test test-gpu test-slow parity checks demo clean
+.PHONY: help install test test-gpu test-slow parity checks demo lr-transfer clean
 
 export PYTHON
 VENV := .venv
@@ -51,6 +51,12 @@ checks: install ## format, lint, types; commands of the README; arguments of the
 
 demo: install ## text to trained model, on this machine
 	$(BIN)/python tools/demo.py
+
+lr-transfer: install ## does the best learning rate stay? SP and muP++ at depths 4, 8, 12: about an hour on 2 cores
+	@[ -f runs/stdlib/corpus_text_document.idx ] || $(BIN)/python tools/demo.py --data-only --output runs/stdlib
+	$(BIN)/python -m archscale_megatron.scaling sweep --config examples/lr_transfer.yaml --output runs/lr-transfer --jobs 2
+	$(BIN)/python -m archscale_megatron.scaling plot-lr runs/lr-transfer/results.csv -o runs/lr-transfer/lr.png \
+		--loss validation_loss
 
 clean: ## remove .venv and caches
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -210,11 +210,8 @@ def run_plain(command: Sequence[str]) -> None:
         raise DemoError(f"{shlex.join(command)} ended with exit code {code}")
 
 
-def demo(output: Path) -> None:
-    """All steps; raises DemoError."""
-    steps = Steps(7)
-    fresh_directory(output)
-
+def prepare(output: Path, steps: Steps) -> float:
+    """The first three steps: the corpus, its tokenizer and the dataset in `output`; returns its unigram entropy."""
     steps.next("Corpus: the standard library of this Python")
     texts = write_corpus(output / "corpus.jsonl")
     say(f"  {len(texts)} files, {sum(map(len, texts)) / 1e6:.1f} million characters")
@@ -228,6 +225,15 @@ def demo(output: Path) -> None:
     run_plain([sys.executable, str(ROOT / "tools" / "preprocess_data.py"), *data, *tokenizer])
     entropy = unigram_entropy(np.fromfile(output / "corpus_text_document.bin", np.uint16))
     say(f"  unigram entropy {entropy:.3f} nats per token")
+    return entropy
+
+
+def demo(output: Path) -> None:
+    """All steps; raises DemoError."""
+    steps = Steps(7)
+    fresh_directory(output)
+
+    entropy = prepare(output, steps)
 
     steps.next("Train: tensor parallel 2 x pipeline parallel 2, sequence parallel")
     before = train(output, "train", 4, [*PARALLEL.split(), "--exit-interval", str(STOP)], 0, STOP)
@@ -259,8 +265,15 @@ def demo(output: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "demo", help="where all files go (runs/demo)")
+    parser.add_argument("--data-only", action="store_true", help="stop when the text is a dataset (3 of the 7 steps)")
+    args = parser.parse_args()
+    output = args.output.resolve()
     try:
-        demo(parser.parse_args().output.resolve())
+        if args.data_only:
+            fresh_directory(output)
+            prepare(output, Steps(3))
+        else:
+            demo(output)
     except DemoError as error:
         print(f"demo: error: {error}", file=sys.stderr)
         return 1

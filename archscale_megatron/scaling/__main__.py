@@ -1,4 +1,4 @@
-"""`python -m archscale_megatron.scaling fit-flops | fit-data | fit-chinchilla | plan`."""
+"""`python -m archscale_megatron.scaling sweep | plot-lr | fit-flops | fit-data | fit-chinchilla | plan`."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import signal
 import sys
 from typing import NoReturn
 
-from archscale_megatron.scaling import fit_commands, plan
+from archscale_megatron.scaling import fit_commands, plan, sweep_commands
 
-MODULES = (fit_commands, plan)
+MODULES = (sweep_commands, fit_commands, plan)
 """Each has `add_commands(commands)`, whose parsers set `run`, a function of the parsed arguments."""
 
 
@@ -21,7 +21,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one command; exits with code 2 and one line on standard error if an argument cannot be."""
-    parser = _Parser(prog="python -m archscale_megatron.scaling", description="Scaling laws.")
+    parser = _Parser(prog="python -m archscale_megatron.scaling", description="Sweeps and scaling laws.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for module in MODULES:
         module.add_commands(commands)
