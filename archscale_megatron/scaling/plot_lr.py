@@ -64,11 +64,11 @@ def read_table(path: Path) -> list[dict[str, str]]:
     return rows
 
 
-def panels_of(rows: Sequence[dict[str, str]], loss: str = "loss") -> list[Panel]:
+def panels_of(rows: Sequence[dict[str, str]], column: str = "loss") -> list[Panel]:
     """The rows as panels: one a family, train name, and value of whatever else varies within a depth.
 
     Args:
-        loss: the column that is drawn.
+        column: the loss that is drawn.
     Raises:
         ValueError: a field is no number, or two points of a curve have the same learning rate.
     """
@@ -78,7 +78,7 @@ def panels_of(rows: Sequence[dict[str, str]], loss: str = "loss") -> list[Panel]
         words = [row["family"], row["train_name"], *(f"{name} {row[name] or 'not given'}" for name in others)]
         panels[", ".join(word for word in words if word)][int(_number(row, "depth"))].append(row)
     return [
-        Panel(title, [_curve(title, depth, curves[depth], loss) for depth in sorted(curves)])
+        Panel(title, [_curve(title, depth, curves[depth], column) for depth in sorted(curves)])
         for title, curves in panels.items()
     ]
 
@@ -178,7 +178,7 @@ def table(panels: Sequence[Panel]) -> str:
     return "\n".join(lines)
 
 
-def draw(panels: Sequence[Panel], path: Path, loss: str = "loss") -> None:
+def draw(panels: Sequence[Panel], path: Path, column: str = "loss") -> None:
     """Write the picture of `panels`, whose kind the suffix of `path` says; an existing file is replaced.
 
     Raises:
@@ -186,6 +186,7 @@ def draw(panels: Sequence[Panel], path: Path, loss: str = "loss") -> None:
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator
 
     figure = Figure(figsize=(1 + 4.6 * len(panels), 4.6), dpi=150, layout="constrained")
     kinds = figure.canvas.get_supported_filetypes()
@@ -210,15 +211,22 @@ def draw(panels: Sequence[Panel], path: Path, loss: str = "loss") -> None:
             )
             if curve.best:
                 filled = "none" if curve.edge else colour
-                axes.plot(*curve.best, "*", color=colour, mfc=filled, ms=14, zorder=3)
-        axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(lambda rate, _: f"{rate:.2g}")
+                axes.plot(*curve.best, "*", color=colour, mfc=filled, ms=12, zorder=3)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(lambda rate, _: f"{rate:g}")
+        axes.tick_params(axis="x", labelsize=8)
         axes.set(xlabel="base learning rate")
         axes.set_title(panel.title, loc="left", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="0.93")
     first = figure.axes[0]
-    first.set_ylabel(f"{LOSSES[loss]} (nats per token)")
+    losses = sorted(loss for panel in panels for curve in panel.curves for _, loss in curve.points)
+    if losses:  # a run that went astray leaves the frame, rather than flatten all others
+        middle = losses[len(losses) // 2]
+        first.set_ylim(top=min(first.get_ylim()[1], max(middle + 3 * (middle - losses[0]), losses[0] + 0.1)))
+    first.set_ylabel(f"{LOSSES[column]} (nats per token)")
     first.plot([], [], "*", color="0.4", ms=11, ls="none", label="minimum (parabola)")
     first.plot([], [], "*", color="0.4", mfc="none", ms=11, ls="none", label="lowest point, at an edge")
     figure.legend(*first.get_legend_handles_labels(), frameon=False, loc="outside right center")
