@@ -21,7 +21,7 @@ SCRIPT = """#!/usr/bin/env bash
 #SBATCH --nodes=1
 #SBATCH --ntasks=1
 #SBATCH --gpus-per-node={processes}
-#SBATCH --output={logs}/%A_%a.log
+#SBATCH --output="{logs}/%A_%a.log"
 #SBATCH --signal=TERM@60
 cd {here}
 exec srun {command} --point "$SLURM_ARRAY_TASK_ID"
