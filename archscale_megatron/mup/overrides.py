@@ -37,6 +37,6 @@ def _group(parametrization: Parametrization, kind: ParameterClass, config: Optim
     group: dict[str, Any] = {}
     if multiplier != 1:
         group = {"max_lr": multiplier * config.lr, "min_lr": multiplier * (config.min_lr or 0.0)}
-    if not parametrization.decays(kind):
-        group["wd_mult"] = 0.0
+    if (decay := parametrization.weight_decay_multiplier(kind)) != 1:
+        group["wd_mult"] = decay
     return group

@@ -72,6 +72,7 @@ class Parametrization:
         init_scale: factor of the matrices' bounds (ArchScale's w_init0).
         release: of ArchScale, whose rules these are.
         muon: matrices are updated by Muon or MuonH.
+        independent_weight_decay: decay is the same of all classes that have any, whatever their learning rates.
     """
 
     name: Name = "sp"
@@ -80,6 +81,7 @@ class Parametrization:
     init_scale: float = 1.0
     release: Release = "2025-07"
     muon: bool = False
+    independent_weight_decay: bool = False
 
     @property
     def scales_with_depth(self) -> bool:
@@ -105,6 +107,12 @@ class Parametrization:
     def decays(self, kind: ParameterClass) -> bool:
         """Whether parameters of this class have weight decay."""
         return self.rules[kind].weight_decay
+
+    def weight_decay_multiplier(self, kind: ParameterClass) -> float:
+        """Of the run's weight decay, by which AdamW multiplies the learning rate, for parameters of this class."""
+        if not self.decays(kind):
+            return 0.0
+        return 1 / self.learning_rate_multiplier(kind) if self.independent_weight_decay else 1.0
 
     def apply(self, arch: Architecture) -> Architecture:
         """`arch` with the forward multipliers of this parametrisation."""

@@ -21,6 +21,13 @@ from archscale_megatron.archs.options import add_overrides, overrides
 from archscale_megatron.layers.backend import backend_for
 from archscale_megatron.mup.rules import Parametrization
 from archscale_megatron.training.experts import set_experts
+from archscale_megatron.training.hyperparameters import (
+    add_hyperparameters,
+    add_underscored,
+    apply_resume,
+    read_spellings,
+    set_hyperparameters,
+)
 from archscale_megatron.training.layout import check_layout, layer_pattern
 from archscale_megatron.training.megatron_options import (
     FIXED,
@@ -53,6 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     )
     group.add_argument("--reset-at-eod", action="store_true", help="no layer looks beyond an end-of-document token")
     group.add_argument("--train-name", help="an ArchScale run name, such as scaling_tie_varlen: its words are options")
+    add_hyperparameters(group)
+    add_underscored(group)
     parser.set_defaults(parametrization=Parametrization())
     return parser
 
@@ -73,6 +82,7 @@ def parse_arguments() -> argparse.Namespace:
         apply_arguments(args, explicit)
         check_schedule(args)
         check_data(args)
+        apply_resume(args)
         check_run_directories(args)
         validate_args(args)
         set_global_variables(args)
@@ -110,8 +120,8 @@ def exit_on_error(program: str, args: argparse.Namespace) -> Iterator[None]:
 
 def explicit_options(parser: argparse.ArgumentParser) -> dict[str, str]:
     """Attribute -> option, of all options that stand on the command line."""
-    given = {word.split("=")[0] for word in sys.argv[1:] if word.startswith("--")}
-    return {a.dest: o for a in parser._actions for o in a.option_strings if o in given}
+    given = [word.split("=")[0] for word in sys.argv[1:] if word.startswith("--")]
+    return {parser._option_string_actions[o].dest: o for o in given if o in parser._option_string_actions}
 
 
 def apply_arguments(args: argparse.Namespace, explicit: dict[str, str]) -> None:
@@ -123,6 +133,7 @@ def apply_arguments(args: argparse.Namespace, explicit: dict[str, str]) -> None:
     Raises:
         ValueError: something contradicts something else.
     """
+    explicit = read_spellings(args, explicit)
     _require(args, "train_model", "depth", "seq_length", "micro_batch_size")
     named = apply_train_name(args, explicit)
     explicit = {name: "--train-name" for name in named if name != "rotary_base"} | explicit
@@ -139,9 +150,10 @@ def apply_arguments(args: argparse.Namespace, explicit: dict[str, str]) -> None:
     )
     if arch.rotary_base is not None:  # the word rbase, unlike the option, may be said of any model
         arch = args.architecture = replace(arch, rotary_base=named.get("rotary_base", arch.rotary_base))
-    arch = args.architecture = args.parametrization.apply(arch)
     refuse_contradictions(args, arch, explicit)
     check_layout(args, arch)
+    set_hyperparameters(args, arch, explicit)
+    arch = args.architecture = args.parametrization.apply(arch)
     _choose_loss(args, arch, explicit)
     for name, value in defaults().items():
         if name not in explicit:

@@ -32,6 +32,7 @@ FIXED: dict[str, Any] = {
     # how it runs
     "context_parallel_size": 1, "hybrid_context_parallel": False, "tp_comm_overlap": False,
     "fine_grained_activation_offloading": False, "cuda_graph_impl": "none", "delay_wgrad_compute": False,
+    "rampup_batch_size": None,  # Megatron ignores it
     # data
     "reset_position_ids": False, "reset_attention_mask": False, "dataloader_inter_document_masking": False,
     "sft": False,
@@ -41,7 +42,7 @@ RECOMPUTE_MODULES = ["core_attn"]
 # What does here what an option of those does in Megatron.
 INSTEAD = dict.fromkeys(
     ("reset_position_ids", "reset_attention_mask", "dataloader_inter_document_masking"), "--reset-at-eod"
-)
+) | {"rampup_batch_size": "--step-batch-size-schedule"}
 # Megatron's flags that change what a family has: attribute -> field of `Options`.
 MEGATRON_OPTIONS = {"normalization": "normalization", "qk_layernorm": "qk_norm", "add_qkv_bias": "qkv_bias"}
 

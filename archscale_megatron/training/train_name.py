@@ -7,12 +7,14 @@ expanded once, into the options that its words stand for.
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Collection
 from typing import Any
 
 # Word -> the arguments that it sets. "varlen" leaves the sequence length alone: that is --seq-length.
 WORDS: dict[str, dict[str, Any]] = {
     "scaling": {},  # names the experiment
+    "prolong": {},  # names the data
     "tie": {"untie_embeddings_and_output_weights": False},
     "rbase": {"rotary_base": 640000},
     "nope": {"position_embedding_type": "none"},
@@ -23,8 +25,15 @@ WORDS: dict[str, dict[str, Any]] = {
     "ga": {"attention_gate": True},
     "sgate": {"sqrt_gate": True},
     "shexp": {"shared_expert": True},
+    "mup": {"parametrization_name": "mup++"},
+    "ori_mup": {"parametrization_name": "mup"},
+    "cosine": {"lr_decay_style": "cosine"},
+    "wsd": {"lr_decay_style": "WSD"},
+    "midtrain": {"archscale_release": "2026-03", "base_hps_warmup_tokens0": 0},
+    "v2scale": {"archscale_release": "2026-03", "independent_weight_decay": True, "count_embeddings": True},
 }
-WITHOUT_TIE = {"untie_embeddings_and_output_weights": True}  # as in ArchScale, and unlike here without a name
+# As in ArchScale, and unlike here without a name.
+WITHOUT_WORDS = {"untie_embeddings_and_output_weights": True, "parametrization_name": "sp"}
 
 
 def expand(name: str, arguments: Collection[str]) -> dict[str, Any]:
@@ -37,15 +46,15 @@ def expand(name: str, arguments: Collection[str]) -> dict[str, Any]:
         ValueError: an unknown word; lists the known ones.
     """
     known = {word: options for word, options in WORDS.items() if options.keys() <= set(arguments)}
-    words = name.split("_")
+    words = re.split("(?<!ori)_|_(?!mup(?:_|$))", name)  # ori_mup is one word
     unknown = [word for word in words if word not in known]
     if unknown:
         raise ValueError(
             f"--train-name {name}: unknown word {', '.join(map(repr, unknown))}; known are {', '.join(sorted(known))}"
         )
-    expanded = dict(WITHOUT_TIE)
-    for word in words:
-        expanded |= known[word]
+    expanded = dict(WITHOUT_WORDS)
+    for word, options in known.items():
+        expanded |= options if word in words else {}
     return expanded
 
 

@@ -1,0 +1,324 @@
+"""Megatron's hyperparameters from ArchScale's base hyperparameters, by the transfer laws of `mup.transfer`.
+
+With `--train-name`, `--parametrization` or any `--base-hps.*` the laws say what the user does not; what he says
+enters them. Without one of these, Megatron's flags stand as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+from archscale_megatron.archs.architecture import Architecture
+from archscale_megatron.mup.rules import NAMES, RELEASES, Parametrization
+from archscale_megatron.mup.transfer import (
+    BASES,
+    INDEPENDENT_WEIGHT_DECAY,
+    BaseHyperparameters,
+    Hyperparameters,
+    option,
+    rounded_batch,
+    target_tokens,
+    transfer,
+)
+
+SEED = 3407  # ArchScale's
+CLIP = 1.0
+STABLE = 5 / 7  # of what follows the warm-up, in ArchScale's warm-up, stable, decay
+CHECKPOINTS = "latest_checkpointed_iteration.txt"  # Megatron's, in a directory that has some
+
+# ArchScale's name of an option that has another here.
+ALIASES = {
+    "ctx_len": "seq_length", "swa_len": "local_window", "ar": "aspect_ratio", "micro_bsz": "micro_batch_size",
+}  # fmt: skip
+# Names of March 2026 of what July 2025 called otherwise.
+MARCH_NAMES = {
+    "weight_decay0": "weight_decay", "eps0": "eps", "warmup_tokens0": "warmup_tokens", "beta1_0": "beta1",
+    "beta2_0": "beta2", "muon_beta_0": "muon_beta", "w_init0": "w_init_scale",
+}  # fmt: skip
+FIELDS = {field.name: field.type for field in dataclasses.fields(BaseHyperparameters)}
+DESTS = {field: f"base_hps_{field}" for field in FIELDS}
+COUNTS = {"max_tokens", "total_bsz", *(DESTS[field] for field, kind in FIELDS.items() if kind == "int")}
+NUMBERS = COUNTS | set(DESTS.values())
+
+
+def add_hyperparameters(group: argparse._ArgumentGroup) -> None:
+    """Add the options to a group of Megatron's parser."""
+    group.add_argument("--parametrization", dest="parametrization_name", choices=NAMES, help="how hyperparameters scale (sp, or --train-name's)")
+    group.add_argument(
+        "--archscale-release", choices=RELEASES, help="whose rules and base values (2025-07; of hyperp 2026-03)"
+    )
+    for field in FIELDS:
+        names = [option(field), *([option(MARCH_NAMES[field])] if field in MARCH_NAMES else [])]
+        value = getattr(BASES["2025-07"], field)
+        march = getattr(BASES["2026-03"], field)
+        default = f"{value:g}" if march == value else f"{value:g}; in 2026-03 {march:g}"
+        group.add_argument(*names, dest=DESTS[field], metavar="X", help=f"base value ({default})")
+    group.add_argument("--max-tokens", metavar="N", help="to train on, such as 5e12 (by the laws)")
+    group.add_argument("--total-bsz", metavar="N", help="tokens of a batch, rounded to whole micro batches (b0)")
+    group.add_argument(
+        "--independent-weight-decay", action="store_true", help="weight decay does not depend on the learning rate"
+    )
+    group.add_argument("--count-embeddings", action="store_true", help="in the parameters that training tokens follow")
+    group.add_argument("--resume", metavar="auto|PATH", help="go on from checkpoints; auto: of --save, if it has some")
+    for name, ours in ALIASES.items():
+        group.add_argument(
+            f"--{name.replace('_', '-')}", dest=name, type=int, metavar="N", help=f"--{ours.replace('_', '-')}"
+        )
+
+
+def add_underscored(group: argparse._ArgumentGroup) -> None:
+    """Accept all options of `group` with underscores too, as ArchScale spells them."""
+    for action in group._group_actions:
+        for name in action.option_strings:
+            group._option_string_actions["--" + name[2:].replace("-", "_")] = action
+
+
+def read_spellings(args: argparse.Namespace, explicit: dict[str, str]) -> dict[str, str]:
+    """Make numbers of ArchScale's spellings, and set what its names of options stand for; returns `explicit` with them.
+
+    Raises:
+        ValueError: not a number, or both names of an option are given and differ.
+    """
+    explicit = dict(explicit)
+    for name in NUMBERS & explicit.keys():
+        setattr(args, name, (whole if name in COUNTS else number)(explicit[name], getattr(args, name)))
+    for name, ours in ALIASES.items():
+        if name not in explicit:
+            continue
+        value = getattr(args, name)
+        if ours in explicit and getattr(args, ours) != value:
+            raise ValueError(
+                f"{explicit[name]} {value} and {explicit[ours]} {getattr(args, ours)} say the same; give one of them"
+            )
+        setattr(args, ours, value)
+        explicit[ours] = explicit[name]
+    return explicit
+
+
+def apply_resume(args: argparse.Namespace) -> None:
+    """Set Megatron's `load` to what `--resume` says.
+
+    Raises:
+        ValueError: `auto` without `--save`, a directory without checkpoints, or `--load` says otherwise.
+    """
+    if args.resume is None:
+        return
+    if args.resume == "auto" and not args.save:
+        raise ValueError("--resume auto: goes on from --save; give that")
+    directory = args.save if args.resume == "auto" else args.resume
+    if args.load not in (None, directory):
+        raise ValueError(f"--resume {args.resume} and --load {args.load} say the same; give one of them")
+    if (Path(directory) / CHECKPOINTS).is_file():
+        args.load = directory
+    elif args.resume != "auto":
+        raise ValueError(f"--resume {directory}: there is no checkpoint; give another directory, or auto")
+
+
+def set_hyperparameters(args: argparse.Namespace, arch: Architecture, explicit: dict[str, str]) -> None:
+    """Set Megatron's hyperparameters and the length of the run, `args.parametrization` and `args.hyperparameters`.
+
+    Without a law that is asked for the latter is None, and the former what it was.
+
+    Args:
+        args: changed in place; the layout and the micro batch must be set.
+        explicit: attribute -> option, of what the user or the run name gave.
+    Raises:
+        ValueError: not a number, a batch that cannot be, no law, or a contradiction.
+    """
+    given = {field: getattr(args, name) for field, name in DESTS.items() if name in explicit}
+    laws = bool(given) or args.train_name is not None or "parametrization_name" in explicit
+    run, base = _parametrization(args, arch, given)
+    args.hyperparameters = None
+    if laws:
+        args.parametrization = run
+    ranks = args.world_size // (args.tensor_model_parallel_size * args.pipeline_model_parallel_size)
+    unit = args.micro_batch_size * ranks  # sequences of one micro batch on every rank
+    batch = _given_batch(args, explicit, unit, run)
+    if batch is None and laws:
+        batch = rounded_batch(base.b0, unit * args.seq_length, run.release)
+    if batch is not None:
+        args.global_batch_size = batch // args.seq_length
+    tokens = _given_tokens(args, explicit, batch or unit * args.seq_length)
+    if not laws:
+        if "max_tokens" in explicit:
+            _set_length(args, explicit, tokens, unit)  # type: ignore[arg-type]
+        return
+    assert batch is not None
+    if tokens is None:
+        tokens = target_tokens(base, arch, run.release, args.count_embeddings)
+    if tokens < batch:
+        raise ValueError(f"a run of {tokens:,} tokens is less than one batch of {batch:,}; give more, or a smaller one")
+    found = args.hyperparameters = transfer(
+        base,
+        run,
+        arch,
+        batch_tokens=batch,
+        train_tokens=tokens,
+        learning_rate=args.lr if "lr" in explicit else None,
+    )
+    values = {
+        "lr": found.learning_rate, "min_lr": found.min_learning_rate, "weight_decay": found.weight_decay,
+        "adam_beta1": found.adam_beta1, "adam_beta2": found.adam_beta2, "adam_eps": found.adam_eps,
+        "muon_momentum": found.muon_momentum, "clip_grad": CLIP, "seed": SEED,
+    }  # fmt: skip
+    for name, value in values.items():
+        if name not in explicit:
+            setattr(args, name, value)
+    _set_length(args, explicit, tokens, unit)
+    _set_warmup_and_decay(args, explicit, found, unit)
+    if args.rank == 0:
+        print(report(args))
+
+
+def _parametrization(
+    args: argparse.Namespace, arch: Architecture, given: dict[str, Any]
+) -> tuple[Parametrization, BaseHyperparameters]:
+    name = args.parametrization_name or "sp"
+    release = args.archscale_release or ("2026-03" if name == "hyperp" else "2025-07")
+    if args.independent_weight_decay:
+        given = {"weight_decay0": INDEPENDENT_WEIGHT_DECAY} | given
+    base = dataclasses.replace(BASES[release], **given)
+    run = Parametrization(
+        name,
+        width_ratio=arch.depth / base.d0,  # the width is in proportion to the depth
+        base_head_dim=base.hd0,
+        init_scale=base.w_init0,
+        release=release,
+        muon="muon" in args.optimizer,
+        independent_weight_decay=args.independent_weight_decay,
+    )
+    return run, base
+
+
+def _given_batch(args: argparse.Namespace, explicit: dict[str, str], unit: int, run: Parametrization) -> int | None:
+    """Tokens of a batch that the user asks for; None if he does not."""
+    names = [name for name in ("global_batch_size", "total_bsz", "step_batch_size_schedule") if name in explicit]
+    if len(names) > 1:
+        raise ValueError(f"{' and '.join(explicit[name] for name in names)} say the same; give one of them")
+    if not names:
+        return None
+    if names == ["total_bsz"]:
+        return rounded_batch(args.total_bsz, unit * args.seq_length, run.release)
+    if names == ["step_batch_size_schedule"]:
+        return _last_batch(args.step_batch_size_schedule, unit) * args.seq_length
+    return args.global_batch_size * args.seq_length
+
+
+def _last_batch(schedule: str, unit: int) -> int:
+    """Sequences of the last of Megatron's "TOKENS:SEQUENCES ..."; ValueError if a batch of them cannot be divided."""
+    from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator as Calculator
+
+    try:
+        batches = [batch for _, batch in Calculator._parse_schedule(schedule, None)]
+    except ValueError as error:
+        raise ValueError(f"--step-batch-size-schedule {schedule}: {error}") from None
+    for batch in batches:
+        if batch < 1 or batch % unit:
+            raise ValueError(
+                f"--step-batch-size-schedule {schedule}: {batch} must be a multiple of micro batch x data parallel "
+                f"size, {unit}"
+            )
+    return batches[-1]
+
+
+def _given_tokens(args: argparse.Namespace, explicit: dict[str, str], batch: int) -> int | None:
+    """Tokens of the run that the user asks for; None if he does not."""
+    names = [name for name in ("train_iters", "train_samples", "max_tokens") if name in explicit]
+    if len(names) > 1:
+        raise ValueError(f"give one of {' and '.join(explicit[name] for name in names)}")
+    if not names:
+        return None
+    if names == ["max_tokens"]:
+        return args.max_tokens
+    return args.train_iters * batch if names == ["train_iters"] else args.train_samples * args.seq_length
+
+
+ITERATIONS = ("train_iters", "lr_warmup_iters", "lr_decay_iters", "lr_wsd_decay_iters")
+
+
+def _set_length(args: argparse.Namespace, explicit: dict[str, str], tokens: int, unit: int) -> None:
+    """Sequences, whole micro batches of all ranks as in ArchScale; or steps, where the user counts in these."""
+    if "train_iters" in explicit or "train_samples" in explicit:
+        return
+    if any(name in explicit for name in ITERATIONS):
+        args.train_iters = tokens // (args.global_batch_size * args.seq_length)
+    else:
+        args.train_samples = tokens // args.seq_length // unit * unit
+
+
+def _set_warmup_and_decay(
+    args: argparse.Namespace, explicit: dict[str, str], found: Hyperparameters, unit: int
+) -> None:
+    """What of the schedule the user did not give, in his unit: steps or sequences."""
+    kind, step = ("iters", found.global_batch_tokens) if args.train_iters else ("samples", args.seq_length)
+    grain = 1 if args.train_iters else unit
+    length = getattr(args, f"train_{kind}")
+    warmup, decay, last = f"lr_warmup_{kind}", f"lr_decay_{kind}", f"lr_wsd_decay_{kind}"
+    if warmup not in explicit and args.lr_warmup_fraction is None:
+        tokens = found.warmup_tokens
+        if tokens // step >= length:
+            raise ValueError(
+                f"a warm-up of {tokens:,} tokens is no shorter than the run, {found.train_tokens:,} tokens; give "
+                f"{option('warmup_tokens0')}"
+            )
+        setattr(args, warmup, tokens // step // grain * grain)
+    if decay not in explicit:
+        setattr(args, decay, length)
+    if args.lr_decay_style == "WSD":
+        if "lr_wsd_decay_style" not in explicit:
+            args.lr_wsd_decay_style = "linear"
+        if last not in explicit:
+            end = getattr(args, decay)
+            rising = getattr(args, warmup) if args.lr_warmup_fraction is None else args.lr_warmup_fraction * end
+            stable = int(STABLE * (end - rising) / grain) * grain
+            setattr(args, last, int(end - rising) - stable)
+
+
+def number(name: str, text: Any) -> float:
+    """`text`, as in 4e-4 or 1_000; raises ValueError with the option's name if it is none."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError(f"{name} {text}: not a number")
+    return value
+
+
+def whole(name: str, text: Any) -> int:
+    """`text` as a positive count or 0, as in 5e12 or 25_165_824_000; raises ValueError if it is none."""
+    value = number(name, text)
+    if value < 0 or not value.is_integer():
+        raise ValueError(f"{name} {text}: must be a whole number")
+    return int(value)
+
+
+def report(args: argparse.Namespace) -> str:
+    """The run's hyperparameters, to be read; `set_hyperparameters` must have found some."""
+    found, run = args.hyperparameters, args.parametrization
+    sequences = args.global_batch_size
+    steps = args.train_iters or args.train_samples // sequences
+    warmup = f"{found.warmup_tokens:,} tokens"
+    if args.lr_warmup_fraction is not None:
+        warmup = f"{args.lr_warmup_fraction:g} of the run"
+    elif args.train_iters:
+        warmup = f"{args.lr_warmup_iters * sequences * args.seq_length:,} tokens, {args.lr_warmup_iters:,} steps"
+    elif args.lr_warmup_samples is not None:
+        warmup = f"{args.lr_warmup_samples * args.seq_length:,} tokens, {args.lr_warmup_samples:,} sequences"
+    rows = [
+        ("learning rate", f"{args.lr:.4e}, of matrices {found.matrix_learning_rate:.4e}"),
+        ("", f"{args.lr_decay_style} to {args.min_lr:g}"),
+        ("warm-up", warmup),
+        ("batch", f"{found.global_batch_tokens:,} tokens, {sequences:,} sequences"),
+        ("training", f"{found.train_tokens:,} tokens, {steps:,} steps"),
+        ("weight decay", f"{args.weight_decay:g}"),
+        ("Adam", f"betas {args.adam_beta1:g} and {args.adam_beta2:g}, eps {args.adam_eps:g}"),
+        ("", f"gradients clipped to {args.clip_grad:g}, seed {args.seed}"),
+    ]
+    title = f"{run.name} of ArchScale {run.release}, at {run.width_ratio:g} times the base model's width:"
+    return "\n".join([title, *(f"  {name:15}{value}" for name, value in rows)])
+
