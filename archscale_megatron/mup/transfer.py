@@ -242,7 +242,8 @@ def parameters(arch: Architecture, release: Release) -> float:
         return 12 * ratio**2 * depth**3 + 2 * ratio * depth**2 * (arch.query_size + arch.kv_size)
     laws = PARAMETER_LAWS if release == "2025-07" else PARAMETER_LAWS_OF_2026
     if arch.family not in laws:
-        raise _no_law(release, f"{arch.family}; there is one for {', '.join(sorted(laws))}")
+        more = ["other transformers"] if release == "2026-03" else []
+        raise _no_law(release, f"{arch.family}; there is one for {', '.join([*laws, *more])}")
     if depth % 4:
         raise _no_law(release, f"{arch.family} at depth {depth}, which is no multiple of 4")
     squared, linear = laws[arch.family]

@@ -217,7 +217,8 @@ def _require(args: argparse.Namespace, *names: str) -> None:
 
 def check_schedule(args: argparse.Namespace) -> None:
     """Raises ValueError if the learning rate or the length of the run is missing, or they contradict."""
-    _require(args, "lr")
+    if args.lr is None:
+        raise ValueError("--lr is required, or what gives it: --train-name, --parametrization or --base-hps.*")
     if (args.train_iters is None) == (args.train_samples is None):
         raise ValueError("give one of --train-iters and --train-samples")
     for unit in ("iters", "samples"):

@@ -262,8 +262,8 @@ def _set_warmup_and_decay(
         tokens = found.warmup_tokens
         if tokens // step >= length:
             raise ValueError(
-                f"a warm-up of {tokens:,} tokens is no shorter than the run, {found.train_tokens:,} tokens; give "
-                f"{option('warmup_tokens0')}"
+                f"a warm-up of {tokens:,} tokens is no shorter than the run, {found.train_tokens:,} tokens; give a "
+                f"smaller {option('warmup_tokens0')}"
             )
         setattr(args, warmup, tokens // step // grain * grain)
     if decay not in explicit:

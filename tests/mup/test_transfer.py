@@ -82,7 +82,7 @@ def test_table_of_the_paper(depth: int) -> None:
 )
 def test_parameters_of_july(family: str, aspect_ratio: int, law: Any) -> None:
     assert parameters(build_architecture(family, 16), "2025-07") == law(aspect_ratio) * 16**3
-    if family not in ("transformer", "transformerls"):
+    if family not in ("transformer", "transformerls", "phi4miniflash"):
         assert parameters(build_architecture(family, 8, aspect_ratio=10), "2025-07") == law(10) * 8**3
 
 
@@ -105,9 +105,9 @@ def test_parameters_of_march() -> None:
 @pytest.mark.parametrize(
     ("family", "depth", "options", "release", "what"),
     [
-        ("mamba", 8, {}, "2025-07", "mamba; there is one for gdny, .*"),
-        ("mamba", 8, {}, "2026-03", "mamba; there is one for .*swayoco"),
-        ("swayoco", 8, {}, "2025-07", "swayoco; there is one for .*transformerls"),
+        ("mamba", 8, {}, "2025-07", "mamba; there is one for transformer, .*, sambaymlp"),
+        ("mamba", 8, {}, "2026-03", "mamba; there is one for .*, swayoco, other transformers"),
+        ("swayoco", 8, {}, "2025-07", "swayoco; there is one for .*, sambaymlp"),
         ("samba", 10, {}, "2025-07", "samba at depth 10, which is no multiple of 4"),
         ("sambay", 8, {"head_dim": 64}, "2025-07", "sambay with 8 heads and 2 key-value heads of 64"),
         ("transformer", 8, {"num_kv_heads": 8}, "2026-03", "transformer with 8 heads and 8 key-value heads of 128"),

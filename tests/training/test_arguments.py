@@ -155,7 +155,7 @@ def test_train_name_is_its_options(parse: Parse, capfd: pytest.CaptureFixture[st
         ),
         (ROPE, ["--train-name", "varlen_nope"], build_architecture("samba", 16, rope=False, tied_embeddings=False)),
     ):
-        args = parse(*family, *given)
+        args = parse(*family, *given, "--lr-warmup-iters", "0")
         assert (args.architecture, args.reset_at_eod) == (arch, True), given
         assert args.untie_embeddings_and_output_weights is not arch.tied_embeddings
         assert args.rotary_base == (arch.rotary_base or args.rotary_base)
@@ -205,7 +205,7 @@ REFUSED = [
     ([*D16, "--reset-attention-mask"], "--reset-attention-mask True contradicts .* use --reset-at-eod"),
     ([*D16, "--dataloader-inter-document-masking"], "contradicts .* use --reset-at-eod"),
     ([*D16, "--reset-at-eod", "--allow-ambiguous-pad-tokens"], "may hide where documents end"),
-    ([*D16, "--train-name", "scaling_mup"], "--train-name scaling_mup: unknown word 'mup'; known are .*rbase"),
+    ([*D16, "--train-name", "scaling_mu"], "--train-name scaling_mu: unknown word 'mu'; known are .*mup, .*rbase"),
     ([*ROPE, "--rotary-base", "10000", "--train-name", "scaling_rbase"], "--rotary-base 10000 contradicts --train-n"),
     ([*D16, "--attention-backend", "flash"], "contradicts"),
     ([*D16, "--label-smoothing", "1"], "--label-smoothing 1.0: must be 0 or more and less than 1"),

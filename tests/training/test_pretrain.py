@@ -192,7 +192,7 @@ def test_documents_reach_every_stage(tmp_path: Path) -> None:
     stages = (*FOUR, "--num-virtual-stages-per-pipeline-rank", "2")
     launches = {
         "one document": (1, ()),
-        "documents": (1, ("--train-name", "scaling_tie_varlen")),
+        "documents": (1, ("--reset-at-eod",)),
         "stages": (4, ("--reset-at-eod", *stages)),
     }
     losses = {}

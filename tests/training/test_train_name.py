@@ -7,26 +7,38 @@ import pytest
 from archscale_megatron.training.train_name import WORDS, apply_train_name, expand
 
 ARGUMENTS = {name for options in WORDS.values() for name in options}
-UNTIED = "untie_embeddings_and_output_weights"
+UNTIED, NAME = "untie_embeddings_and_output_weights", "parametrization_name"
+SP = {UNTIED: True, NAME: "sp"}
 
 
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("scaling", {UNTIED: True}),
-        ("scaling_tie", {UNTIED: False}),
-        ("tie_scaling_rbase", {UNTIED: False, "rotary_base": 640000}),
+        ("scaling", SP),
+        ("scaling_tie", SP | {UNTIED: False}),
+        ("tie_scaling_rbase_prolong", SP | {UNTIED: False, "rotary_base": 640000}),
         (
             "scaling_rbase_varlen_ls",
-            {UNTIED: True, "rotary_base": 640000, "reset_at_eod": True, "label_smoothing": 0.1},
+            SP | {"rotary_base": 640000, "reset_at_eod": True, "label_smoothing": 0.1},
         ),
         (
             "nope_bias",
-            {UNTIED: True, "position_embedding_type": "none", "add_qkv_bias": True, "attention_output_bias": True},
+            SP | {"position_embedding_type": "none", "add_qkv_bias": True, "attention_output_bias": True},
         ),
         (
             "scaling_ga_qknorm_sgate_shexp",
-            {UNTIED: True, "attention_gate": True, "qk_layernorm": True, "sqrt_gate": True, "shared_expert": True},
+            SP | {"attention_gate": True, "qk_layernorm": True, "sqrt_gate": True, "shared_expert": True},
+        ),
+        ("scaling_mup_tie", {UNTIED: False, NAME: "mup++"}),
+        ("scaling_ori_mup_cosine", {UNTIED: True, NAME: "mup", "lr_decay_style": "cosine"}),
+        ("ori_mup", {UNTIED: True, NAME: "mup"}),
+        ("mup_wsd", {UNTIED: True, NAME: "mup++", "lr_decay_style": "WSD"}),
+        (
+            "v2scale_mup_midtrain",
+            {
+                UNTIED: True, NAME: "mup++", "archscale_release": "2026-03", "independent_weight_decay": True,
+                "count_embeddings": True, "base_hps_warmup_tokens0": 0,
+            },
         ),
     ],
 )
@@ -34,9 +46,9 @@ def test_words(name: str, expected: dict[str, object]) -> None:
     assert expand(name, ARGUMENTS) == expected
 
 
-@pytest.mark.parametrize("name", ["", "scaling_mup", "scaling_Tie", "scaling__tie", "tied"])
+@pytest.mark.parametrize("name", ["", "scaling_muP", "scaling_Tie", "scaling__tie", "tied", "ori", "mup_ori", "ori_mupp", "super_mup"])
 def test_unknown_words(name: str) -> None:
-    with pytest.raises(ValueError, match=f"--train-name {name}: unknown word '.*; known are bias, ga, ls, .*, varlen$"):
+    with pytest.raises(ValueError, match=f"--train-name {name}: unknown word '.*'; known are bias, cosine, ga, ls, .*, wsd$"):
         expand(name, ARGUMENTS)
 
 
@@ -53,9 +65,9 @@ def test_options_of_the_command_line_may_agree_but_not_contradict(capsys: pytest
     with pytest.raises(ValueError, match="--rotary-base 10000 contradicts --train-name scaling_rbase_ls, .* is 640000"):
         apply_train_name(args, agrees | {"rotary_base": "--rotary-base"})
     assert capsys.readouterr().out == ""
-    assert apply_train_name(args, agrees) == {UNTIED: True, "rotary_base": 640000, "label_smoothing": 0.1}
+    assert apply_train_name(args, agrees) == SP | {"rotary_base": 640000, "label_smoothing": 0.1}
     assert (args.rotary_base, args.label_smoothing, getattr(args, UNTIED)) == (640000, 0.1, True)
-    line = f"--train-name scaling_rbase_ls: {UNTIED} = True, rotary_base = 640000, label_smoothing = 0.1\n"
+    line = f"--train-name scaling_rbase_ls: {UNTIED} = True, {NAME} = sp, rotary_base = 640000, label_smoothing = 0.1\n"
     assert capsys.readouterr().out == line
     args.rank = 1
     apply_train_name(args, {})
