@@ -202,7 +202,7 @@ def page(facts: dict[str, Any]) -> str:
     tied = "tied" if facts["tied_embeddings"] else "untied"
     lines = [
         f"{facts['family']}, depth {facts['depth']}, hidden size {facts['hidden_size']:,}, {tied} embeddings; "
-        f"{facts['parametrization']} of ArchScale {facts['release']}, width {facts['width_ratio']:g} of the base model's",
+        f"{facts['parametrization']} of ArchScale {facts['release']}, {facts['width_ratio']:g} of the base width",
         "",
     ]
     rows = [

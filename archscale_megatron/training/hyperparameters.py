@@ -47,7 +47,12 @@ NUMBERS = COUNTS | set(DESTS.values())
 
 def add_hyperparameters(group: argparse._ArgumentGroup) -> None:
     """Add the options to a group of Megatron's parser."""
-    group.add_argument("--parametrization", dest="parametrization_name", choices=NAMES, help="how hyperparameters scale (sp, or --train-name's)")
+    group.add_argument(
+        "--parametrization",
+        dest="parametrization_name",
+        choices=NAMES,
+        help="how hyperparameters scale (sp, or --train-name's)",
+    )
     group.add_argument(
         "--archscale-release", choices=RELEASES, help="whose rules and base values (2025-07; of hyperp 2026-03)"
     )
@@ -152,7 +157,7 @@ def set_hyperparameters(args: argparse.Namespace, arch: Architecture, explicit: 
         tokens = target_tokens(base, arch, run.release, args.count_embeddings)
     if tokens < batch:
         raise ValueError(f"a run of {tokens:,} tokens is less than one batch of {batch:,}; give more, or a smaller one")
-    found = args.hyperparameters = transfer(
+    found = transfer(
         base,
         run,
         arch,
@@ -169,7 +174,8 @@ def set_hyperparameters(args: argparse.Namespace, arch: Architecture, explicit: 
         if name not in explicit:
             setattr(args, name, value)
     _set_length(args, explicit, tokens, unit)
-    _set_warmup_and_decay(args, explicit, found, unit)
+    warmup = _set_warmup_and_decay(args, explicit, found, unit)
+    args.hyperparameters = dataclasses.replace(found, min_learning_rate=args.min_lr, warmup_tokens=warmup)
     if args.rank == 0:
         print(report(args))
 
@@ -250,16 +256,18 @@ def _set_length(args: argparse.Namespace, explicit: dict[str, str], tokens: int,
         args.train_samples = tokens // args.seq_length // unit * unit
 
 
-def _set_warmup_and_decay(
-    args: argparse.Namespace, explicit: dict[str, str], found: Hyperparameters, unit: int
-) -> None:
-    """What of the schedule the user did not give, in his unit: steps or sequences."""
+def _set_warmup_and_decay(args: argparse.Namespace, explicit: dict[str, str], found: Hyperparameters, unit: int) -> int:
+    """What of the schedule the user did not give, in his unit: steps or sequences. Returns the warm-up in tokens."""
     kind, step = ("iters", found.global_batch_tokens) if args.train_iters else ("samples", args.seq_length)
     grain = 1 if args.train_iters else unit
     length = getattr(args, f"train_{kind}")
     warmup, decay, last = f"lr_warmup_{kind}", f"lr_decay_{kind}", f"lr_wsd_decay_{kind}"
-    if warmup not in explicit and args.lr_warmup_fraction is None:
-        tokens = found.warmup_tokens
+    tokens = found.warmup_tokens
+    if args.lr_warmup_fraction is not None:
+        tokens = round(args.lr_warmup_fraction * length * step)
+    elif warmup in explicit:
+        tokens = getattr(args, warmup) * step
+    else:
         if tokens // step >= length:
             raise ValueError(
                 f"a warm-up of {tokens:,} tokens is no shorter than the run, {found.train_tokens:,} tokens; give a "
@@ -273,9 +281,9 @@ def _set_warmup_and_decay(
             args.lr_wsd_decay_style = "linear"
         if last not in explicit:
             end = getattr(args, decay)
-            rising = getattr(args, warmup) if args.lr_warmup_fraction is None else args.lr_warmup_fraction * end
-            stable = int(STABLE * (end - rising) / grain) * grain
-            setattr(args, last, int(end - rising) - stable)
+            after = end - tokens // step // grain * grain
+            setattr(args, last, after - int(STABLE * (after // grain)) * grain)
+    return tokens
 
 
 def number(name: str, text: Any) -> float:
@@ -300,20 +308,12 @@ def whole(name: str, text: Any) -> int:
 def report(args: argparse.Namespace) -> str:
     """The run's hyperparameters, to be read; `set_hyperparameters` must have found some."""
     found, run = args.hyperparameters, args.parametrization
-    sequences = args.global_batch_size
-    steps = args.train_iters or args.train_samples // sequences
-    warmup = f"{found.warmup_tokens:,} tokens"
-    if args.lr_warmup_fraction is not None:
-        warmup = f"{args.lr_warmup_fraction:g} of the run"
-    elif args.train_iters:
-        warmup = f"{args.lr_warmup_iters * sequences * args.seq_length:,} tokens, {args.lr_warmup_iters:,} steps"
-    elif args.lr_warmup_samples is not None:
-        warmup = f"{args.lr_warmup_samples * args.seq_length:,} tokens, {args.lr_warmup_samples:,} sequences"
+    steps = args.train_iters or args.train_samples // args.global_batch_size
     rows = [
         ("learning rate", f"{args.lr:.4e}, of matrices {found.matrix_learning_rate:.4e}"),
         ("", f"{args.lr_decay_style} to {args.min_lr:g}"),
-        ("warm-up", warmup),
-        ("batch", f"{found.global_batch_tokens:,} tokens, {sequences:,} sequences"),
+        ("warm-up", f"{found.warmup_tokens:,} tokens"),
+        ("batch", f"{found.global_batch_tokens:,} tokens, {args.global_batch_size:,} sequences"),
         ("training", f"{found.train_tokens:,} tokens, {steps:,} steps"),
         ("weight decay", f"{args.weight_decay:g}"),
         ("Adam", f"betas {args.adam_beta1:g} and {args.adam_beta2:g}, eps {args.adam_eps:g}"),
@@ -321,4 +321,3 @@ def report(args: argparse.Namespace) -> str:
     ]
     title = f"{run.name} of ArchScale {run.release}, at {run.width_ratio:g} times the base model's width:"
     return "\n".join([title, *(f"  {name:15}{value}" for name, value in rows)])
-

@@ -36,8 +36,12 @@ SP = {UNTIED: True, NAME: "sp"}
         (
             "v2scale_mup_midtrain",
             {
-                UNTIED: True, NAME: "mup++", "archscale_release": "2026-03", "independent_weight_decay": True,
-                "count_embeddings": True, "base_hps_warmup_tokens0": 0,
+                UNTIED: True,
+                NAME: "mup++",
+                "archscale_release": "2026-03",
+                "independent_weight_decay": True,
+                "count_embeddings": True,
+                "base_hps_warmup_tokens0": 0,
             },
         ),
     ],
@@ -46,9 +50,13 @@ def test_words(name: str, expected: dict[str, object]) -> None:
     assert expand(name, ARGUMENTS) == expected
 
 
-@pytest.mark.parametrize("name", ["", "scaling_muP", "scaling_Tie", "scaling__tie", "tied", "ori", "mup_ori", "ori_mupp", "super_mup"])
+@pytest.mark.parametrize(
+    "name", ["", "scaling_muP", "scaling_Tie", "scaling__tie", "tied", "ori", "mup_ori", "ori_mupp", "super_mup"]
+)
 def test_unknown_words(name: str) -> None:
-    with pytest.raises(ValueError, match=f"--train-name {name}: unknown word '.*'; known are bias, cosine, ga, ls, .*, wsd$"):
+    with pytest.raises(
+        ValueError, match=f"--train-name {name}: unknown word '.*'; known are bias, cosine, ga, ls, .*, wsd$"
+    ):
         expand(name, ARGUMENTS)
 
 
