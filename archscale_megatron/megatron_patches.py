@@ -5,6 +5,7 @@ An entry script calls `apply()` after `cpu.install()` and before it builds anyth
 and names the patch to read again.
 """
 
+import argparse
 import queue
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,9 @@ def apply() -> None:
     _skip_compiled_helpers()
     _adam_without_fused_libraries()
     _fp32_parameters_first()
+    _fp32_parameters_of_half_precision_optimizers()
+    _muon_by_parameter_class()
+    _names_of_optimizers()
     _synchronous_save_without_manager()
     _optimizer_groups()
     _layer_symbols()
@@ -165,6 +169,79 @@ def _fp32_parameters_first() -> None:
         return index, group_ranges
 
     DistributedOptimizer._build_optimizer_group_ranges = classmethod(build)
+
+
+def _fp32_parameters_of_half_precision_optimizers() -> None:
+    """Without the distributed optimizer, and with Muon, the sharded state of bf16 parameters is found by counting
+    them, although the optimizer has numbered fp32 ones as well: it is that of others, or an error. Mamba has such
+    parameters (A_log, D, dt_proj.bias).
+
+    core/optimizer/optimizer.py:1138 (`Float16OptimizerWithFloat16Params.sharded_state_dict`) and :1191
+    (`load_state_dict`): while these run, every parameter counts as one with an fp32 copy, an fp32 parameter as its own
+    copy. On a GPU as well.
+    """
+    from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params as HalfPrecisionOptimizer
+
+    def with_all_parameters(method: Any) -> Any:
+        def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+            halves, copies = self.float16_groups, self.fp32_from_float16_groups
+            half = {id(c): h for hs, cs in zip(halves, copies, strict=True) for h, c in zip(hs, cs, strict=True)}
+            self.fp32_from_float16_groups = [list(group["params"]) for group in self.optimizer.param_groups]
+            self.float16_groups = [[half.get(id(p), p) for p in ps] for ps in self.fp32_from_float16_groups]
+            try:
+                return method(self, *args, **kwargs)
+            finally:
+                self.float16_groups, self.fp32_from_float16_groups = halves, copies
+
+        return run
+
+    for name in ("sharded_state_dict", "load_state_dict"):
+        setattr(HalfPrecisionOptimizer, name, with_all_parameters(getattr(HalfPrecisionOptimizer, name)))
+
+
+def _muon_by_parameter_class() -> None:
+    """Megatron gives Muon what is 2-D and neither embedding nor output layer: A_log of Mamba-1 among it. And it has no
+    MuonH.
+
+    core/optimizer/emerging_optimizers.py:152 (`_EMERGING_OPTIMIZERS`, which is there to be added to), and
+    core/optimizer/layer_wise_optimizer.py:74 (`tag_params_for_buffer_routing`, used at training/training.py:1642), by
+    which the layer-wise distributed optimizer keeps a matrix whole. On a GPU as well.
+    """
+    from megatron.core.optimizer.emerging_optimizers import _EMERGING_OPTIMIZERS
+    from megatron.training import get_args, training
+
+    from archscale_megatron.optimizers.routing import entries, optimizer_of
+
+    def tag_params_for_buffer_routing(model_chunks: list[Any]) -> None:
+        for chunk in model_chunks:
+            for name, parameter in chunk.named_parameters():
+                whole = optimizer_of(name, parameter, get_args().optimizer) != "adam"
+                parameter.is_managed_by_layer_wise_optimizer = whole
+
+    _EMERGING_OPTIMIZERS.update(entries())
+    training.tag_params_for_buffer_routing = tag_params_for_buffer_routing
+
+
+def _names_of_optimizers() -> None:
+    """`--optimizer` takes the names that there are here.
+
+    training/arguments.py:45 (`add_megatron_arguments`). Not in our own group of arguments, because Megatron parses the
+    command line again, without that group, in training/inprocess_restart.py:133. On a GPU as well.
+    """
+    from megatron.training import arguments
+
+    from archscale_megatron.optimizers.arguments import OPTIMIZERS
+
+    original = arguments.add_megatron_arguments
+
+    def add_megatron_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        parser = original(parser)
+        option = next(action for action in parser._actions if action.dest == "optimizer")
+        option.choices = OPTIMIZERS
+        option.help = "of matrices, muonh also of the output layer; all else has AdamW (adam)"
+        return parser
+
+    arguments.add_megatron_arguments = add_megatron_arguments
 
 
 def _synchronous_save_without_manager() -> None:

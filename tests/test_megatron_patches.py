@@ -69,6 +69,25 @@ GUARDED = {
             "8cb3e3830d39",
         ),
     ],
+    "_fp32_parameters_of_half_precision_optimizers": [
+        ("core/optimizer/optimizer.py", "Float16OptimizerWithFloat16Params.sharded_state_dict", "20365b6e786a"),
+        ("core/optimizer/optimizer.py", "Float16OptimizerWithFloat16Params.load_state_dict", "3cd130706bf1"),
+    ],
+    "_muon_by_parameter_class": [
+        ("core/optimizer/__init__.py", "_get_megatron_emerging_optimizer", "03118773ae24"),
+        ("core/optimizer/emerging_optimizers.py", "EmergingOptimizerEntry", "55be225264a3"),
+        ("core/optimizer/emerging_optimizers.py", "TensorParallelMuon", "d1a190c1aab3"),
+        ("core/optimizer/emerging_optimizers.py", "_muon_config_to_kwargs", "8a4eeda57fb3"),
+        ("core/optimizer/layer_wise_optimizer.py", "tag_params_for_buffer_routing", "1df28f070a0f"),
+    ],
+    "_names_of_optimizers": [
+        ("training/arguments.py", "add_megatron_arguments", "61c518361be3"),
+        (
+            "training/inprocess_restart.py",
+            "maybe_wrap_for_inprocess_restart",
+            "b634ce36e400",
+        ),
+    ],
     "_synchronous_save_without_manager": [
         ("core/dist_checkpointing/strategies/torch.py", "TorchDistSaveShardedStrategy.save", "0ab52a544c46"),
         (
@@ -322,6 +341,80 @@ def check_fp32_parameters_first() -> None:
     assert places() == [(0, 1), (0, 0)]
     megatron_patches._fp32_parameters_first()
     assert places() == [(0, 0), (0, 1)]
+
+
+def check_fp32_parameters_of_half_precision_optimizers() -> None:
+    """Of two bf16 parameters with an fp32 one between them, each has its own state in a checkpoint."""
+    from megatron.core.dist_checkpointing import ShardedTensor
+    from megatron.core.optimizer import OptimizerConfig
+    from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
+
+    from archscale_megatron import megatron_patches
+    from archscale_megatron.fused_adam import FusedAdam
+
+    dtypes = {"first": torch.bfloat16, "between": torch.float32, "last": torch.bfloat16}
+    model = {name: torch.nn.Parameter(torch.ones(2, dtype=dtype)) for name, dtype in dtypes.items()}
+    optimizer = Float16OptimizerWithFloat16Params(
+        FusedAdam([{"params": list(model.values())}]), OptimizerConfig(lr=0.1, bf16=True, clip_grad=0.0), None, None
+    )
+    for gradient, parameter in enumerate(model.values(), start=1):
+        parameter.main_grad = torch.full((2,), float(gradient))
+    optimizer.step()
+
+    def averages() -> dict[str, float]:
+        sharded = {name: ShardedTensor.from_rank_offsets(name, p) for name, p in model.items()}
+        state = optimizer.sharded_state_dict(sharded)["optimizer"]["state"].values()
+        return {s["exp_avg"].key.split(".")[-1]: round(s["exp_avg"].data[0].item(), 4) for s in state}
+
+    with pytest.raises(ValueError, match="does not match any model sharded param"):
+        averages()
+    megatron_patches._fp32_parameters_of_half_precision_optimizers()
+    assert averages() == {"first": 0.1, "between": 0.2, "last": 0.3}
+    sharded = {name: ShardedTensor.from_rank_offsets(name, p) for name, p in model.items()}
+    loaded = optimizer.sharded_state_dict(sharded)["fp32_from_fp16_params"]
+    state = optimizer.state_dict() | {"fp32_from_fp16_params": [[t.data + 1 for t in group] for group in loaded]}
+    before = [p.clone() for group in optimizer.optimizer.param_groups for p in group["params"]]
+    with torch.no_grad():
+        optimizer.load_state_dict(state)
+    after = [p for group in optimizer.optimizer.param_groups for p in group["params"]]
+    assert all(torch.equal(a, b + 1) for a, b in zip(after, before, strict=True))
+
+
+def check_muon_by_parameter_class() -> None:
+    """A_log is not Muon's, and in the layer-wise optimizer not among the parameters that stay whole."""
+    from megatron.core.optimizer.emerging_optimizers import _EMERGING_OPTIMIZERS
+    from megatron.training import global_vars, training
+
+    from archscale_megatron import megatron_patches
+
+    global_vars.set_args(Namespace(optimizer="muon"))
+    names = ("mixer.in_proj.weight", "mixer.A_log")
+    parameters = {name: torch.nn.Parameter(torch.ones(2, 2)) for name in names}
+    chunk = Namespace(named_parameters=parameters.items, parameters=parameters.values)
+
+    def is_muons(name: str) -> tuple[bool, bool]:
+        training.tag_params_for_buffer_routing([chunk])
+        keys = _EMERGING_OPTIMIZERS["muon"].default_param_overrides
+        p = parameters[name]
+        return not any(key.matches(p, name) for key in keys), p.is_managed_by_layer_wise_optimizer
+
+    assert [is_muons(name) for name in names] == [(True, True), (True, True)]
+    assert "muonh" not in _EMERGING_OPTIMIZERS
+    megatron_patches._muon_by_parameter_class()
+    assert [is_muons(name) for name in names] == [(True, True), (False, False)]
+    assert "muonh" in _EMERGING_OPTIMIZERS
+
+
+def check_names_of_optimizers() -> None:
+    from megatron.training import arguments
+
+    from archscale_megatron import megatron_patches
+
+    sys.argv = ["pretrain_archscale.py", "--optimizer", "muonh"]
+    with pytest.raises(SystemExit):
+        arguments.parse_args(ignore_unknown_args=True)
+    megatron_patches._names_of_optimizers()
+    assert arguments.parse_args(ignore_unknown_args=True).optimizer == "muonh"
 
 
 def initialize_distributed() -> None:

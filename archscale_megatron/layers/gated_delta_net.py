@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.models.backends import BackendSpecProvider
@@ -72,6 +73,8 @@ class GatedDeltaNetMixer(RecurrentMixer):
         self.norm = GatedRMSNorm(config, values, self.tp_group)
         self.out_proj = build_out_proj(submodules.out_proj, values, config.hidden_size, config, self.tp_group)
         self.partition("in_proj.weight", blocks=projected)
+        weight: Any = self.in_proj.weight  # to Muon, each block is a matrix, as in ArchScale
+        weight.is_qkv, weight.qkv_split_shapes = True, [size // ranks for size in projected.values()]
         self.partition("conv1d.weight", blocks=convolved)
         for name in self.fp32_parameters:
             self.partition(name)

@@ -20,6 +20,7 @@ from archscale_megatron.archs.families import FAMILIES
 from archscale_megatron.archs.options import add_overrides, overrides
 from archscale_megatron.layers.backend import backend_for
 from archscale_megatron.mup.rules import Parametrization
+from archscale_megatron.optimizers.arguments import set_optimizer
 from archscale_megatron.training.experts import set_experts
 from archscale_megatron.training.hyperparameters import (
     add_hyperparameters,
@@ -158,6 +159,7 @@ def apply_arguments(args: argparse.Namespace, explicit: dict[str, str]) -> None:
     for name, value in defaults().items():
         if name not in explicit:
             setattr(args, name, value)
+    set_optimizer(args, explicit)
     backend_for(args)  # ValueError if its package is missing
     _set_dimensions(args, arch)
     set_experts(args, arch, explicit)

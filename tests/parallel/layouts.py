@@ -28,6 +28,7 @@ OWN: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 MODELS = (*FAMILIES, "transformersa with options")
 EXPERTS = tuple(name for name, family in FAMILIES.items() if family(TINY["depth"]).top_k)
+MUON = ("sambay", "sambay_gqa4_moe", "phi4miniflash", "sgdny")  # experts, biases, fused and separate projections
 DENSE = tuple(model for model in MODELS if model not in EXPERTS)
 GLOBAL_BATCH, MICRO_BATCH = 8, 2
 END_OF_DOCUMENT = 0
@@ -40,8 +41,9 @@ class Layout:
 
     `varlen` has documents that end inside of the sequences; `rounded` moves each initial weight by up to its last bit;
     `overlap` hides data-parallel communication behind computation; `cuts` are the hybrid layers before which a stage
-    starts (by compute if empty); `config` are further fields of the config; `only` names the models that it is for. The
-    auxiliary loss of experts is not linear in the micro-batches, so `micro_batch` is what a reference must agree in.
+    starts (by compute if empty); `optimizer` is Megatron's; `config` are further fields of the config; `only` names the
+    models that it is for. The auxiliary loss of experts is not linear in the micro-batches, so `micro_batch` is what a
+    reference must agree in.
     """
 
     tp: int = 1
@@ -57,6 +59,7 @@ class Layout:
     varlen: bool = False
     rounded: bool = False
     cuts: tuple[int, ...] = ()
+    optimizer: str = "adam"
     config: dict[str, Any] = field(default_factory=dict)
     micro_batch: int = MICRO_BATCH
     only: tuple[str, ...] = MODELS
@@ -115,6 +118,12 @@ LAYOUTS = {
     "ep2_stp2_etp1": Layout(tp=2, ep=2, etp=1, sp=True, only=EXPERTS),
     "dp2_global": Layout(dp=2, config=GLOBAL, only=EXPERTS),
     "ep2_stp2_global": Layout(dp=2, ep=2, etp=1, tp=2, sp=True, config=GLOBAL, only=EXPERTS),
+    "muon_dp2": Layout(dp=2, optimizer="muon", only=MUON),
+    "muon_stp2_pp2": Layout(tp=2, pp=2, sp=True, optimizer="muon", only=MUON),
+    "muonh_tp2": Layout(tp=2, optimizer="muonh", only=("sambay", "phi4miniflash", "sgdny")),
+    "muonh_stp2_pp2_dp2": Layout(tp=2, pp=2, dp=2, sp=True, optimizer="muonh", only=MUON),
+    "muonh_stp2_pp2_untied": Layout(tp=2, pp=2, sp=True, tied=False, optimizer="muonh", only=MUON),
+    "muonh_ep2_stp2": Layout(dp=2, ep=2, tp=2, sp=True, config=ALLGATHER, optimizer="muonh", only=EXPERTS),
 }
 
 
@@ -147,7 +156,8 @@ def reference_of(layout: Layout) -> str:
         return "single_bf16"
     if layout.varlen:
         return "single_varlen"
-    return "single" if layout.tied else "single_untied"
+    single = "single" if layout.optimizer == "adam" else f"single_{layout.optimizer}"
+    return single if layout.tied else f"{single}_untied"
 
 
 REFERENCES = {
@@ -157,6 +167,9 @@ REFERENCES = {
     "single_smoothed": Layout(config=SMOOTHED),
     "single_global": Layout(config=GLOBAL, micro_batch=2 * MICRO_BATCH, only=EXPERTS),
     "single_varlen": Layout(varlen=True),
+    "single_muon": Layout(optimizer="muon"),
+    "single_muonh": Layout(optimizer="muonh"),
+    "single_muonh_untied": Layout(tied=False, optimizer="muonh"),
 }
 # How far roundings alone take each of them: see `compare.tolerance`.
 ROUNDED = {f"{name}_rounded": replace(layout, rounded=True) for name, layout in REFERENCES.items() if not layout.bf16}
@@ -164,7 +177,7 @@ ROUNDED = {f"{name}_rounded": replace(layout, rounded=True) for name, layout in 
 EVERYTHING = [(model, name) for name, layout in LAYOUTS.items() for model in layout.only]
 # What continuous integration runs: every layout, and every model.
 IN_EVERY_LAYOUT = ("sambay", "sambay_gqa4_moe")
-FOR_EVERY_MODEL = ("recompute", "tp2", "stp2_pp2", "varlen_pp2_vpp2")
+FOR_EVERY_MODEL = ("recompute", "tp2", "stp2_pp2", "varlen_pp2_vpp2", "muon_stp2_pp2", "muonh_stp2_pp2_untied")
 SUBSET = [(model, name) for model, name in EVERYTHING if model in IN_EVERY_LAYOUT or name in FOR_EVERY_MODEL]
 
 

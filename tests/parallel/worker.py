@@ -44,6 +44,7 @@ from archscale_megatron.model.spec import build_model  # noqa: E402
 from archscale_megatron.mup.initialization import named_global_parameters, partition_of  # noqa: E402
 from archscale_megatron.mup.overrides import optimizer_overrides  # noqa: E402
 from archscale_megatron.ops.documents import starts_of_documents  # noqa: E402
+from archscale_megatron.optimizers.arguments import muon_arguments  # noqa: E402
 from tests.model import building  # noqa: E402
 from tests.parallel.layouts import (  # noqa: E402
     END_OF_DOCUMENT,
@@ -90,7 +91,7 @@ def config_of(family: str, layout: Layout) -> HybridConfig:
 def build_chunks(config: HybridConfig, layout: Layout) -> list[DistributedDataParallel]:
     """This rank's model chunks (one a virtual stage), ready for the optimizer."""
     ddp = DistributedDataParallelConfig(
-        use_distributed_optimizer=True,
+        use_distributed_optimizer=layout.optimizer == "adam",
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=layout.overlap,
         overlap_param_gather=layout.overlap,
@@ -147,8 +148,10 @@ def train(family: str, layout: Layout) -> dict[str, Tensor]:
     # A large epsilon makes the update a smooth function of the gradient: otherwise the sign of a gradient that is all
     # but zero decides a whole step.
     optimizer_config = OptimizerConfig(
-        optimizer="adam", lr=1e-3, weight_decay=0.1, adam_eps=1e-4, clip_grad=1.0, use_distributed_optimizer=True,
-        bf16=layout.bf16, params_dtype=config.params_dtype, overlap_param_gather=layout.overlap,
+        optimizer=layout.optimizer, lr=1e-3, weight_decay=0.0 if layout.optimizer == "muonh" else 0.1, adam_eps=1e-4,
+        clip_grad=1.0, use_distributed_optimizer=layout.optimizer == "adam", bf16=layout.bf16,
+        params_dtype=config.params_dtype, overlap_param_gather=layout.overlap, muon_fp32_matmul_prec="highest",
+        **muon_arguments(),
     )  # fmt: skip
     overrides = optimizer_overrides(config.parametrization, optimizer_config)
     optimizer = get_megatron_optimizer(optimizer_config, chunks, config_overrides=overrides)
@@ -174,7 +177,8 @@ def train(family: str, layout: Layout) -> dict[str, Tensor]:
         run[f"loss.{step}"] = mean_loss(losses)
         if MOE in config.layer_pattern:
             run[f"loss.{step}.balance"] = load_balancing_loss(config, len(micro_batches))
-        gather_gradient_shards(chunks)
+        if layout.optimizer == "adam":
+            gather_gradient_shards(chunks)
         run |= whole_tensors(chunks, f"grad.{step}.", lambda p: p.main_grad)
         optimizer.step()
     if layout.overlap:

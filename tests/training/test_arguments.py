@@ -165,6 +165,20 @@ def test_train_name_is_its_options(parse: Parse, capfd: pytest.CaptureFixture[st
         global_vars.unset_global_variables()
 
 
+def test_optimizers(parse: Parse) -> None:
+    """ArchScale's Muon where Megatron's defaults are another, and what the user says."""
+    for options, momentum, decay, layer_wise in (
+        (["--optimizer", "muon", "--weight-decay", "0.1"], 0.95, 0.1, False),
+        (["--optimizer", "muon", "--muon-momentum", "0.9", "--bf16", "--use-distributed-optimizer"], 0.9, 0.01, True),
+        (["--optimizer", "muonh"], 0.95, 0.0, False),
+    ):
+        args = parse(*D16, *options)
+        assert (args.muon_momentum, args.weight_decay) == (momentum, decay)
+        assert (args.muon_nesterov, args.muon_tp_mode, args.muon_scale_mode) == (True, "duplicated", "unit_rms_norm")
+        assert args.use_layer_wise_distributed_optimizer == layer_wise
+        global_vars.unset_global_variables()
+
+
 REFUSED = [
     ([], "--train-model is required"),
     (["--train-model", "sambay"], "--depth is required"),
@@ -215,6 +229,11 @@ REFUSED = [
     ([*D16, "--train-samples", "10"], "give one of --train-iters and --train-samples"),
     ([*D16, "--lr-warmup-iters", "1"], "--lr-warmup-iters 1: must be less than the 1 iters"),
     ([*D16, "--transformer-impl", "transformer_engine"], "transformer_engine: the package is not installed"),
+    ([*D16, "--optimizer", "muon", "--fp16"], "--optimizer muon has no loss scale, .* use --bf16"),
+    ([*D16, "--optimizer", "muon", "--muon-tp-mode", "blockwise"], "on --tensor.* use duplicated or distributed"),
+    ([*D16, "--optimizer", "muon", "--use-distributed-optimizer"], "layer-wise optimizer, which is for --bf16; use"),
+    ([*D16, "--optimizer", "muonh", "--weight-decay", "0.1"], "keeps norms: --weight-decay 0.1 must be 0"),
+    ([*D16, "--optimizer", "muonh", "--muon-scale-mode", "spectral"], "--muon-scale-mode has no effect on --optim"),
     ([*D16, "--load", "nowhere"], "--load nowhere: no such directory"),
     ([*D16, "--vocab-size", "64", "--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", "gone"], "gone"),
 ]  # fmt: skip
