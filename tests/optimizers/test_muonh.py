@@ -131,6 +131,14 @@ def test_norms_do_not_drift() -> None:
     assert p.detach().double().norm().item() == pytest.approx(before, rel=1e-5)
 
 
+def test_adamh_counts_the_steps_of_a_group_without_parameters() -> None:
+    """The first pipeline stage saves the groups of all, and may have none of their parameters."""
+    optimizer = MuonH([{"params": [], "algorithm": ADAMH}], lr=0.1)
+    optimizer.step()
+    optimizer.step()
+    assert optimizer.param_groups[0]["step"] == 2
+
+
 def test_weight_decay_is_refused() -> None:
     with pytest.raises(ValueError, match="weight decay must be 0, not 0.1"):
         MuonH([nn.Parameter(torch.ones(2, 2))], weight_decay=0.1)

@@ -1,0 +1,1 @@
+from tests.model.conftest import one_process  # noqa: F401
