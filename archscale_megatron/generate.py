@@ -12,10 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import logging
-import os
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from archscale_megatron import cpu
+from archscale_megatron import single_process
 
 DEFAULT_NEW_TOKENS = 128
 TRACKER = "latest_checkpointed_iteration.txt"  # Megatron's, beside the checkpoints
@@ -118,20 +115,11 @@ def read_prompt(options: argparse.Namespace) -> str:
 
 
 def prepare() -> None:
-    """Make this process ready for Megatron: the only rank, whether torchrun started it or the user did, and quiet.
-
-    Call it before the first import of Megatron.
-    """
-    if int(os.environ.get("WORLD_SIZE", 1)) != 1:
-        raise GenerateError(f"started on {os.environ['WORLD_SIZE']} processes; it runs on 1 (--nproc-per-node 1)")
-    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
-        os.environ.setdefault(name, value)
-    warnings.simplefilter("ignore")  # Megatron tells of each library that it does not find
-    logging.disable(logging.WARNING)
-    cpu.install()
-    from archscale_megatron import megatron_patches
-
-    megatron_patches.apply()
+    """Before the first import of Megatron; raises GenerateError if torchrun started several processes."""
+    try:
+        single_process.prepare()
+    except ValueError as error:
+        raise GenerateError(str(error)) from None
 
 
 def load(directory: str, tokenizer_model: str | None = None) -> tuple[torch.nn.Module, Any, int]:

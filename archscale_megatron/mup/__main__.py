@@ -1,4 +1,4 @@
-"""What a parametrisation does: `python -m archscale_megatron.mup show | table`."""
+"""What a parametrisation does: `python -m archscale_megatron.mup show | table | coord-check`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import signal
 import sys
 from typing import NoReturn
 
-from archscale_megatron.mup import show, table
+from archscale_megatron.mup import coordinate_commands, show, table
 
 
 class _Parser(argparse.ArgumentParser):
@@ -19,8 +19,8 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code; exits with 2 and one line on standard error for bad input."""
     parser = _Parser(prog="python -m archscale_megatron.mup", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="show | table")
-    for module in (show, table):
+    commands = parser.add_subparsers(required=True, metavar="show | table | coord-check")
+    for module in (show, table, coordinate_commands):
         module.add_commands(commands)
     args, training = parser.parse_known_args(arguments)
     if training and not hasattr(args, "training"):
