@@ -1,14 +1,14 @@
 """Do the sizes of activations, and of their changes in training, stay the same as a model gets wider or deeper?
 
-Of each quantity and step (`mup.coordinates`) the slope of log(size) against log(width), and against log(depth), by
-least squares. What a slope may be follows from arXiv 2203.03466 (appendix J) for widths and from arXiv 2310.02244 for
-depths; see `limits`. All models have heads of the same size, and as many as the width needs.
+Of each quantity and step that `mup.coordinates` measures, the slope of log(size) against log(width), and against
+log(depth), by least squares. What a slope may be follows from arXiv 2203.03466 (appendix J) for widths and from arXiv
+2310.02244 for depths; see `limits`. All models have heads of the same size, and as many as the width needs.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -16,12 +16,14 @@ import numpy as np
 
 from archscale_megatron.archs.architecture import MOE, Architecture
 from archscale_megatron.archs.build import build_architecture
-from archscale_megatron.mup.coordinates import LOGITS, SEQUENCE, STREAM, VOCABULARY, Sizes, measure, standard_library
 from archscale_megatron.mup.rules import Parametrization
 
 Axis = Literal["width", "depth"]
 Model = tuple[int, int]  # width and depth
 
+EMBEDDING, STREAM, LOGITS = "embedding", "residual stream", "logits"  # besides the kinds of layer
+VOCABULARY = 256  # bytes
+SEQUENCE = 64  # tokens
 HEAD_DIM = 8
 TOLERANCE = 0.25
 """How far a slope may lie from its value in the limit of infinite width: tiny models are far from that limit."""
@@ -62,6 +64,28 @@ class Setting:
     def models(self) -> list[Model]:
         """Each once."""
         return list(dict.fromkeys(model for of_axis in self.axes.values() for model in of_axis))
+
+    @property
+    def architectures(self) -> dict[Model, Architecture]:
+        """Of each model; raises ValueError for one that the family cannot have."""
+        return {model: architecture(self.family, *model, self.tied) for model in self.models}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Root mean squares over all elements, and all layers of a kind.
+
+    Attributes:
+        initial: quantity -> size before the first step.
+        changes: quantity -> size of the change from there, after step 1, 2, ...
+    """
+
+    initial: dict[str, float]
+    changes: dict[str, list[float]]
+
+    def at(self, quantity: str, step: int) -> float:
+        """The initial size at step 0, that of the change after `step` steps otherwise."""
+        return self.changes[quantity][step - 1] if step else self.initial[quantity]
 
 
 @dataclass(frozen=True)
@@ -147,28 +171,6 @@ def limits(axis: Axis, quantity: str, step: int) -> tuple[float, float]:
     if axis == "width":
         return -TOLERANCE, TOLERANCE
     return -0.5 - TOLERANCE if whole else -math.inf, TOLERANCE
-
-
-def measure_all(setting: Setting, progress: Callable[[], object] = lambda: None) -> dict[Model, list[Sizes]]:
-    """The sizes of each model, one a seed; `progress` is called `steps + 1` times for each of these.
-
-    Needs Megatron's process groups, of one process.
-
-    Raises:
-        ValueError: a model that the family cannot have, before any of them trains.
-    """
-    archs = {model: architecture(setting.family, *model, setting.tied) for model in setting.models}
-    base_width, base_depth = min(setting.widths), min(setting.depths)
-    tokens = standard_library()
-    measured = {}
-    for (width, depth), arch in archs.items():
-        parametrization = replace(setting.parametrization, width_ratio=width / base_width, base_head_dim=HEAD_DIM)
-        shrink = math.sqrt(base_depth / depth) if parametrization.scales_with_depth else 1.0
-        measured[width, depth] = [
-            measure(arch, parametrization, setting.learning_rate * shrink, setting.steps, seed, tokens, progress)
-            for seed in range(1, setting.seeds + 1)
-        ]
-    return measured
 
 
 def slopes(setting: Setting, measured: Mapping[Model, Sequence[Sizes]]) -> list[Slope]:

@@ -7,14 +7,13 @@ import json
 import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from archscale_megatron.mup.coordinate_check import Setting, Slope, slopes
 from archscale_megatron.mup.rules import Parametrization
 
-if TYPE_CHECKING:
-    from archscale_megatron.mup.coordinate_check import Setting, Slope
-
 PARAMETRIZATIONS = ("sp", "mup", "mup++")  # with AdamW; HyperP is for another optimizer
+PICTURES = (".png", ".svg", ".pdf")
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
@@ -43,16 +42,6 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     """0: all slopes are within their limits; 1: some are not."""
     _check(args)
-    from tqdm import tqdm
-
-    from archscale_megatron import single_process
-
-    single_process.prepare()
-    from archscale_megatron.mup import coordinate_plot
-    from archscale_megatron.mup.coordinate_check import Setting, measure_all, slopes
-
-    if args.output:
-        coordinate_plot.check(args.output)
     setting = Setting(
         family=args.train_model,
         parametrization=Parametrization(args.parametrization),
@@ -63,11 +52,21 @@ def run(args: argparse.Namespace) -> int:
         seeds=args.seeds,
         learning_rate=args.lr,
     )
+    _ = setting.architectures  # raises what is wrong with them before Megatron is imported
+
+    from tqdm import tqdm
+
+    from archscale_megatron import single_process
+
+    single_process.prepare()
+    from archscale_megatron.mup.coordinate_plot import draw
+    from archscale_megatron.mup.coordinates import measure_all
+
     total = len(setting.models) * setting.seeds * (setting.steps + 1)
     with single_process.process_groups(), tqdm(total=total, unit="pass", disable=None, leave=False) as bar:
         found = slopes(setting, measure_all(setting, bar.update))
     if args.output:
-        coordinate_plot.save(coordinate_plot.draw(setting, found), args.output)
+        draw(setting, found).savefig(args.output)
     print(json.dumps(_for_programs(setting, found), indent=2) if args.json else table(setting, found))
     return 0 if all(slope.passed for slope in found) else 1
 
@@ -82,8 +81,17 @@ def _check(args: argparse.Namespace) -> None:
     for name in ("steps", "seeds"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)}: must be a positive integer")
+    if args.output:
+        _check_path(args.output)
     if not (math.isfinite(args.lr) and args.lr > 0):
         raise ValueError(f"--lr {args.lr}: must be a positive number")
+
+
+def _check_path(path: Path) -> None:
+    if path.suffix not in PICTURES:
+        raise ValueError(f"-o {path}: use a name that ends with one of {', '.join(PICTURES)}")
+    if not path.parent.is_dir():
+        raise ValueError(f"-o {path}: there is no directory {path.parent}; make it first")
 
 
 def table(setting: Setting, slopes: list[Slope]) -> str:

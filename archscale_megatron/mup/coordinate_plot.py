@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -45,21 +43,6 @@ def draw(setting: Setting, slopes: list[Slope]) -> Figure:
     ]
     panels[0][0].legend(handles=handles, fontsize=5.5, frameon=False, handlelength=1)
     return figure
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Raises ValueError if the file cannot be of the kind that its suffix says, or has no directory."""
-    check(path)
-    figure.savefig(path)
-
-
-def check(path: Path) -> None:
-    """As `save` would raise, before anything is measured."""
-    suffix, kinds = path.suffix.removeprefix("."), ("png", "svg", "pdf")
-    if suffix not in kinds:
-        raise ValueError(f"-o {path}: use a name that ends with one of .{', .'.join(kinds)}")
-    if not path.parent.is_dir():
-        raise ValueError(f"-o {path}: there is no directory {path.parent}; make it first")
 
 
 def _panel(panel: Axes, positions: list[int], lines: list[Slope]) -> None:

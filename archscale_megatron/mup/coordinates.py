@@ -6,10 +6,11 @@ x, the output of a kind of layer say, it notes the root mean square of x at the 
 
 from __future__ import annotations
 
+import math
 import sysconfig
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,30 +24,21 @@ from archscale_megatron.archs.architecture import Architecture
 from archscale_megatron.archs.show import name_of
 from archscale_megatron.model.config import config_of
 from archscale_megatron.model.spec import build_model
+from archscale_megatron.mup.coordinate_check import (
+    EMBEDDING,
+    HEAD_DIM,
+    LOGITS,
+    SEQUENCE,
+    STREAM,
+    Model,
+    Setting,
+    Sizes,
+)
 from archscale_megatron.mup.overrides import optimizer_overrides
 from archscale_megatron.mup.rules import Parametrization
 
-EMBEDDING, STREAM, LOGITS = "embedding", "residual stream", "logits"
-VOCABULARY = 256  # bytes
-SEQUENCE, BATCH = 64, 8
+BATCH = 8  # sequences
 WEIGHT_DECAY, CLIP, BETAS = 0.1, 1.0, (0.9, 0.95)  # arXiv 2507.06607's
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Root mean squares over all elements, and all layers of a kind.
-
-    Attributes:
-        initial: quantity -> size before the first step.
-        changes: quantity -> size of the change from there, after step 1, 2, ...
-    """
-
-    initial: dict[str, float]
-    changes: dict[str, list[float]]
-
-    def at(self, quantity: str, step: int) -> float:
-        """The initial size at step 0, that of the change after `step` steps otherwise."""
-        return self.changes[quantity][step - 1] if step else self.initial[quantity]
 
 
 def standard_library() -> Tensor:
@@ -55,6 +47,27 @@ def standard_library() -> Tensor:
     text = b"".join(file.read_bytes() for file in files)
     starts = range(0, len(text) - SEQUENCE, len(text) // BATCH)[:BATCH]
     return torch.tensor([list(text[start : start + SEQUENCE + 1]) for start in starts])
+
+
+def measure_all(setting: Setting, progress: Callable[[], object] = lambda: None) -> dict[Model, list[Sizes]]:
+    """The sizes of each model, one a seed; `progress` is called `steps + 1` times for each of these.
+
+    Needs Megatron's process groups, of one process.
+
+    Raises:
+        ValueError: a model that the family cannot have, before any of them trains.
+    """
+    base_width, base_depth = min(setting.widths), min(setting.depths)
+    tokens = standard_library()
+    measured = {}
+    for (width, depth), arch in setting.architectures.items():
+        parametrization = replace(setting.parametrization, width_ratio=width / base_width, base_head_dim=HEAD_DIM)
+        shrink = math.sqrt(base_depth / depth) if parametrization.scales_with_depth else 1.0
+        measured[width, depth] = [
+            measure(arch, parametrization, setting.learning_rate * shrink, setting.steps, seed, tokens, progress)
+            for seed in range(1, setting.seeds + 1)
+        ]
+    return measured
 
 
 def measure(
