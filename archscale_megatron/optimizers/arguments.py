@@ -33,7 +33,7 @@ def muon_arguments(release: str = "2026-03") -> dict[str, Any]:
 
 
 def set_optimizer(args: argparse.Namespace, explicit: dict[str, str]) -> None:
-    """Give Muon's arguments their values where the user did not.
+    """Give Muon's arguments their values where neither the user nor a transfer law did.
 
     Args:
         explicit: attribute -> option, of what the user gave.
@@ -42,9 +42,11 @@ def set_optimizer(args: argparse.Namespace, explicit: dict[str, str]) -> None:
     """
     if args.optimizer not in ("muon", "muonh"):
         return
-    chosen = muon_arguments() | ({"weight_decay": 0.0} if args.optimizer == "muonh" else {})
+    by_law = args.hyperparameters is not None
+    release = args.parametrization.release if by_law and args.optimizer == "muon" else "2026-03"
+    chosen = muon_arguments(release) | ({"weight_decay": 0.0} if args.optimizer == "muonh" else {})
     for name, value in chosen.items():
-        if name not in explicit:
+        if name not in explicit and not (by_law and name == "muon_momentum"):
             setattr(args, name, value)
     option = f"--optimizer {args.optimizer}"
     if args.fp16:

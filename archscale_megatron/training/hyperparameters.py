@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from archscale_megatron.archs.architecture import Architecture
-from archscale_megatron.mup.rules import NAMES, RELEASES, Parametrization
+from archscale_megatron.mup.rules import NAMES, RELEASES, Name, Parametrization, Release
 from archscale_megatron.mup.transfer import (
     BASES,
     INDEPENDENT_WEIGHT_DECAY,
@@ -139,6 +139,7 @@ def set_hyperparameters(args: argparse.Namespace, arch: Architecture, explicit: 
     run, base = _parametrization(args, arch, given)
     args.hyperparameters = None
     if laws:
+        _check_optimizer(args.optimizer, run)
         args.parametrization = run
     ranks = args.world_size // (args.tensor_model_parallel_size * args.pipeline_model_parallel_size)
     unit = args.micro_batch_size * ranks  # sequences of one micro batch on every rank
@@ -183,8 +184,8 @@ def set_hyperparameters(args: argparse.Namespace, arch: Architecture, explicit: 
 def _parametrization(
     args: argparse.Namespace, arch: Architecture, given: dict[str, Any]
 ) -> tuple[Parametrization, BaseHyperparameters]:
-    name = args.parametrization_name or "sp"
-    release = args.archscale_release or ("2026-03" if name == "hyperp" else "2025-07")
+    name: Name = args.parametrization_name or "sp"
+    release: Release = args.archscale_release or ("2026-03" if name == "hyperp" else "2025-07")
     if args.independent_weight_decay:
         given = {"weight_decay0": INDEPENDENT_WEIGHT_DECAY} | given
     base = dataclasses.replace(BASES[release], **given)
@@ -198,6 +199,15 @@ def _parametrization(
         independent_weight_decay=args.independent_weight_decay,
     )
     return run, base
+
+
+def _check_optimizer(optimizer: str, run: Parametrization) -> None:
+    """Raises ValueError for MuonH without HyperP's rules, or the other way round."""
+    if (optimizer == "muonh") != (run.name == "hyperp"):
+        raise ValueError(
+            f"--optimizer {optimizer} and the parametrization {run.name}: muonh and hyperp belong together; "
+            "say muonh in --train-name, or give both"
+        )
 
 
 def _given_batch(args: argparse.Namespace, explicit: dict[str, str], unit: int, run: Parametrization) -> int | None:

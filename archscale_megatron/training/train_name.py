@@ -27,6 +27,8 @@ WORDS: dict[str, dict[str, Any]] = {
     "shexp": {"shared_expert": True},
     "mup": {"parametrization_name": "mup++"},
     "ori_mup": {"parametrization_name": "mup"},
+    "muon": {"optimizer": "muon"},
+    "muonh": {"optimizer": "muonh", "parametrization_name": "hyperp"},  # whatever "mup" says
     "cosine": {"lr_decay_style": "cosine"},
     "wsd": {"lr_decay_style": "WSD"},
     "midtrain": {"archscale_release": "2026-03", "base_hps_warmup_tokens0": 0},

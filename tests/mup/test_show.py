@@ -69,7 +69,8 @@ def test_a_run_as_json(show: Show, tied: bool) -> None:
 
 def test_layouts_change_batches_and_not_the_model(show: Show) -> None:
     """Experts and stages as well; a batch is rounded to what the data-parallel ranks take."""
-    line = "--train-model sambay_gqa4_moe --depth 8 --parametrization mup++ --max-tokens 1e10 --base-hps.b0 110000 --lr 1e-3 --json"
+    line = "--train-model sambay_gqa4_moe --depth 8 --parametrization mup++ --max-tokens 1e10 --base-hps.b0 110000"
+    line += " --lr 1e-3 --json"
     small = "--aspect-ratio 8 --head-dim 8 --top-k 4 --sparsity 2"
     layout = "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2 --nodes 2"
     one = show(f"{line} {small} --gpus-per-node 1")

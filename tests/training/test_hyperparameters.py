@@ -121,6 +121,32 @@ def test_parametrization_has_the_base_values(parse: Parse) -> None:
     assert args.architecture.softmax_scale == 8 / 128
 
 
+MUON = ("muon_momentum", "muon_scale_mode", "muon_extra_scale_factor", "muon_split_qkv", "muon_coefficient_type")
+
+
+@pytest.mark.parametrize(
+    ("name", "rate", "matrices", "decay", "warmup", "muon"),
+    [  # d0 is 16 in July 2025 and 8 in March 2026, at the same eta0, b0 and t0; depth 32
+        ("mup_muon", 4e-4 / math.sqrt(2), 0.5, 0.1, 1e9, (0.9, "spectral", 0.4, False, "simple")),
+        ("muon", 4e-4, 1, 0.1, 1e9, (0.9, "spectral", 0.4, False, "simple")),
+        ("mup_muon_v2scale", 4e-4 / 2, 1, 4e-5 / 4 / 2e-4, 0, (0.9, "unit_rms_norm", 1.0, True, "quintic")),
+        ("v2scale_mup_muonh_qknorm", 4e-4 / 2 * 8**-0.32, 1, 0, 0, (0.9, "unit_rms_norm", 1.0, True, "quintic")),
+        ("muonh_tie", 4e-4 / 2 * 8**-0.32, 1, 0, 0, (0.9, "unit_rms_norm", 1.0, True, "quintic")),
+    ],
+)
+def test_words_of_muon(
+    parse: Parse, name: str, rate: float, matrices: float, decay: float, warmup: float, muon: tuple
+) -> None:
+    base = "--base-hps.eta0 4e-4 --base-hps.t0 1e10 --base-hps.muon-beta 0.9 --max-tokens 8e10"
+    args = parse(f"{D8.replace('--depth 8', '--depth 32')} --train-name {name} {base}")
+    assert args.optimizer == ("muonh" if "muonh" in name else "muon")
+    assert args.parametrization.muon
+    assert (args.lr, args.weight_decay) == (pytest.approx(rate, rel=1e-12), pytest.approx(decay, rel=1e-12))
+    assert args.hyperparameters.matrix_learning_rate == pytest.approx(rate * matrices, rel=1e-12)
+    assert args.hyperparameters.warmup_tokens == pytest.approx(warmup, rel=1e-4)
+    assert values(args, *MUON) == muon
+
+
 def test_length_in_steps(parse: Parse) -> None:
     """If the user counts in steps, all is in steps."""
     line = SMALL.replace(" --max-tokens 204800", "") + " --parametrization sp --train-name wsd --train-iters 50"
@@ -157,6 +183,8 @@ def test_without_laws_megatrons_flags_stand(parse: Parse) -> None:
         ("--base-hps.eta0 abc", "^--base-hps.eta0 abc: not a number$"),
         ("--base_hps.eta0=nan", "^--base_hps.eta0 nan: not a number$"),
         ("--base-hps.b0 2.5", "^--base-hps.b0 2.5: must be a whole number$"),
+        ("--train-name scaling_tie --optimizer muonh", "the parametrization sp: muonh and hyperp belong together"),
+        ("--parametrization hyperp", "--optimizer adam and the parametrization hyperp: muonh and hyperp belong"),
         ("--max-tokens 5x", "^--max-tokens 5x: not a number$"),
         ("--base-hps.eta0 0", "--base-hps.eta0 0.0: must be more than 0"),
         ("--base-hps.b0 64", "a batch of 64 tokens is less than one micro batch on every rank, 128 tokens; give a"),
