@@ -9,6 +9,7 @@ from archscale_megatron.archs.architecture import PIPE, Architecture
 from archscale_megatron.archs.build import build_architecture
 from archscale_megatron.archs.families import FAMILIES
 from archscale_megatron.archs.splits import split_by_compute
+from archscale_megatron.mup.rules import Name
 
 SEQUENCE_LENGTH = 32
 TINY = {
@@ -42,9 +43,9 @@ class Layout:
 
     `varlen` has documents that end inside of the sequences; `rounded` moves each initial weight by up to its last bit;
     `overlap` hides data-parallel communication behind computation; `cuts` are the hybrid layers before which a stage
-    starts (by compute if empty); `optimizer` is Megatron's; `config` are further fields of the config; `only` names the
-    models that it is for. The auxiliary loss of experts is not linear in the micro-batches, so `micro_batch` is what a
-    reference must agree in.
+    starts (by compute if empty); `optimizer` is Megatron's, `parametrization` one of `mup.rules`; `config` are further
+    fields of the config; `only` names the models that it is for. The auxiliary loss of experts is not linear in the
+    micro-batches, so `micro_batch` is what a reference must agree in.
     """
 
     tp: int = 1
@@ -61,6 +62,7 @@ class Layout:
     rounded: bool = False
     cuts: tuple[int, ...] = ()
     optimizer: str = "adam"
+    parametrization: Name = "sp"
     config: dict[str, Any] = field(default_factory=dict)
     micro_batch: int = MICRO_BATCH
     only: tuple[str, ...] = MODELS
@@ -119,6 +121,9 @@ LAYOUTS = {
     "ep2_stp2_etp1": Layout(tp=2, ep=2, etp=1, sp=True, only=EXPERTS),
     "dp2_global": Layout(dp=2, config=GLOBAL, only=EXPERTS),
     "ep2_stp2_global": Layout(dp=2, ep=2, etp=1, tp=2, sp=True, config=GLOBAL, only=EXPERTS),
+    "mup_dp2_overlap": Layout(dp=2, overlap=True, parametrization="mup++", only=MUON),
+    "mup_stp2_pp2": Layout(tp=2, pp=2, sp=True, parametrization="mup++", only=MUON),
+    "mup_chunked_loss_pp2_vpp2": Layout(pp=2, vpp=2, parametrization="mup++", config=CHUNKED, only=MUON),
     "muon_dp2": Layout(dp=2, optimizer="muon", only=MUON),
     "muon_stp2_pp2": Layout(tp=2, pp=2, sp=True, optimizer="muon", only=MUON),
     "muonh_tp2": Layout(tp=2, optimizer="muonh", only=tuple(m for m in MUON if m in DENSE)),
@@ -157,6 +162,8 @@ def reference_of(layout: Layout) -> str:
         return "single_bf16"
     if layout.varlen:
         return "single_varlen"
+    if layout.parametrization != "sp":
+        return "single_mup"
     single = "single" if layout.optimizer == "adam" else f"single_{layout.optimizer}"
     return single if layout.tied else f"{single}_untied"
 
@@ -168,6 +175,7 @@ REFERENCES = {
     "single_smoothed": Layout(config=SMOOTHED),
     "single_global": Layout(config=GLOBAL, micro_batch=2 * MICRO_BATCH, only=EXPERTS),
     "single_varlen": Layout(varlen=True),
+    "single_mup": Layout(parametrization="mup++"),
     "single_muon": Layout(optimizer="muon"),
     "single_muonh": Layout(optimizer="muonh"),
     "single_muonh_untied": Layout(tied=False, optimizer="muonh"),

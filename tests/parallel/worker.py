@@ -43,6 +43,7 @@ from archscale_megatron.model.config import HybridConfig  # noqa: E402
 from archscale_megatron.model.spec import build_model  # noqa: E402
 from archscale_megatron.mup.initialization import named_global_parameters, partition_of  # noqa: E402
 from archscale_megatron.mup.overrides import optimizer_overrides  # noqa: E402
+from archscale_megatron.mup.rules import Parametrization  # noqa: E402
 from archscale_megatron.ops.documents import starts_of_documents  # noqa: E402
 from archscale_megatron.optimizers.arguments import muon_arguments  # noqa: E402
 from tests.model import building  # noqa: E402
@@ -61,17 +62,19 @@ from tests.parallel.layouts import (  # noqa: E402
 )
 
 STEPS = 2
-# Initial weights are scaled so that every layer counts, and no update is large beside its weight.
+# SP's initial weights are scaled so that every layer counts, and no update is large beside its weight.
 WEIGHT_SCALE, UNTIED_EMBEDDING_SCALE, ZERO_REPLACEMENT = 3.0, 600.0, 0.3
 AUX_LOSS_COEFFICIENT = 0.3  # enough to be seen in the gradients
 
 
 def config_of(family: str, layout: Layout) -> HybridConfig:
     """The transformer config that Megatron's arguments would make for this layout."""
-    arch = tiny(family, layout.tied)
+    parametrization = Parametrization(layout.parametrization, width_ratio=0.5, base_head_dim=16)
+    arch = parametrization.apply(tiny(family, layout.tied))
     return building.config_of(
         arch,
         torch.bfloat16 if layout.bf16 else torch.float32,
+        parametrization=parametrization,
         layer_pattern=pattern_of(arch, layout),
         is_hybrid_model=True,
         tensor_model_parallel_size=layout.tp,
@@ -112,7 +115,8 @@ def build_chunks(config: HybridConfig, layout: Layout) -> list[DistributedDataPa
         for name, parameter in model.named_parameters():
             if name.endswith("weight") and "norm" not in name:
                 small = name.startswith("embedding") and not layout.tied
-                parameter.data.mul_(UNTIED_EMBEDDING_SCALE if small else WEIGHT_SCALE)
+                scale = WEIGHT_SCALE if layout.parametrization == "sp" else 1.0
+                parameter.data.mul_(UNTIED_EMBEDDING_SCALE if small else scale)
             elif not parameter.any():  # biases and sinks: beside 0, the rounding of an update is as large as itself
                 parameter.data.fill_(ZERO_REPLACEMENT)
         if layout.rounded:
