@@ -26,7 +26,8 @@ VOCABULARY = 256  # bytes
 SEQUENCE = 64  # tokens
 HEAD_DIM = 8
 TOLERANCE = 0.25
-"""How far a slope may lie from its value in the limit of infinite width: tiny models are far from that limit."""
+"""How far a slope may lie from what theory says of it. One seed's slopes under μP++ have standard deviations up to 0.15
+over six seeds (attention's changes against the width, sambay, 64 to 256 wide); the mean of four has half of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,7 @@ class Setting:
     depths: Sequence[int]
     tied: bool = False
     steps: int = 4
-    seeds: int = 2
+    seeds: int = 4
     learning_rate: float = 2e-3
 
     @property

@@ -32,7 +32,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         "--depths", type=int, nargs="+", default=[8, 16, 32], metavar="N", help="(8 16 32); one leaves this axis out"
     )
     command.add_argument("--steps", type=int, default=4, help="of the optimizer, all on one batch (4)")
-    command.add_argument("--seeds", type=int, default=2, help="initial values over which sizes are averaged (2)")
+    command.add_argument("--seeds", type=int, default=4, help="initial values over which sizes are averaged (4)")
     command.add_argument("--lr", type=float, default=2e-3, help="learning rate of the smallest model (0.002)")
     command.add_argument("--tied-embeddings", action="store_true", help="the output layer is the embedding")
     command.add_argument("-o", "--output", type=Path, help="a .png, .svg or .pdf file for the picture")
@@ -78,9 +78,12 @@ def _check(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name} {bad[0]}: must be a positive integer")
     if len(set(args.widths)) == len(set(args.depths)) == 1:
         raise ValueError("--widths and --depths have one size each; give two or more of one of them to compare")
-    for name in ("steps", "seeds"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} {getattr(args, name)}: must be a positive integer")
+    if args.steps < 2:
+        raise ValueError(
+            f"--steps {args.steps}: give 2 or more; behind an output layer of zeros nothing learns in the first"
+        )
+    if args.seeds < 1:
+        raise ValueError(f"--seeds {args.seeds}: must be a positive integer")
     if args.output:
         _check_path(args.output)
     if not (math.isfinite(args.lr) and args.lr > 0):
