@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
-EXPONENT_STARTS = (0.05, 0.3, 1.0)
-LIMIT_STARTS = (0.1, 0.5, 0.9)  # of the smallest loss
+EXPONENT_STARTS = (0.1, 0.5)
+LIMIT_STARTS = (0.3, 0.8)  # of the smallest loss
 NO_LIMIT = 1e-6  # of the smallest loss: a limit below it is at its bound, 0
 FLAT = 1e-3  # R^2 below which a law explains nothing
 
@@ -175,7 +175,9 @@ def _minimise(law: Law, x: Array, loss: Array, start: Array) -> tuple[float, Arr
 
     options = {"loss": "huber", "f_scale": law.huber} if law.huber else {"method": "lm"}
     with np.errstate(all="ignore"):  # a step too far is taken back
-        found = least_squares(residuals, start, jac=jacobian, xtol=1e-12, ftol=1e-12, gtol=1e-12, **options)
+        found = least_squares(
+            residuals, start, jac=jacobian, xtol=1e-12, ftol=1e-12, gtol=1e-12, max_nfev=1000, **options
+        )
     return float(found.cost), found.x
 
 

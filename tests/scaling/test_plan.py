@@ -86,7 +86,7 @@ def test_table(capsys: pytest.CaptureFixture[str]) -> None:
         ("", "give a model (--train-model and --depth, or --parameters) or a budget (--flops)"),
         ("--train-model sambay", "--train-model and --depth: give both"),
         ("--train-model sambay --depth 16 --parameters 1e9", "give both, and no --parameters"),
-        ("--train-model sambae --depth 16", "did you mean sambay"),
+        ("--train-model sambae --depth 16", "unknown family; did you mean"),
         ("--train-model swayoco --depth 16 --rule archscale", "no law for swayoco; give --max-tokens"),
         ("--parameters 1e9 --rule archscale", "--rule archscale: is of a family"),
         ("--parameters nan", "--parameters nan: must be a positive number"),
