@@ -198,7 +198,9 @@ def draw(panels: Sequence[Panel], path: Path, column: str = "loss") -> None:
     colours = dict(
         zip(depths, colormaps["viridis"]([i / max(len(depths), 2) for i in range(len(depths))]), strict=True)
     )
-    for axes, panel in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True):
+    for axes, panel in zip(
+        figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0], panels, strict=True
+    ):
         for curve in panel.curves:
             colour = colours[curve.depth]
             axes.plot(
