@@ -134,7 +134,7 @@ def apply_arguments(args: argparse.Namespace, explicit: dict[str, str]) -> None:
     Raises:
         ValueError: something contradicts something else.
     """
-    explicit = read_spellings(args, explicit)
+    read_spellings(args, explicit)
     _require(args, "train_model", "depth", "seq_length", "micro_batch_size")
     named = apply_train_name(args, explicit)
     explicit = {name: "--train-name" for name in named if name != "rotary_base"} | explicit

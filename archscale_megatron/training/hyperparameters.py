@@ -82,13 +82,12 @@ def add_underscored(group: argparse._ArgumentGroup) -> None:
             group._option_string_actions["--" + name[2:].replace("-", "_")] = action
 
 
-def read_spellings(args: argparse.Namespace, explicit: dict[str, str]) -> dict[str, str]:
-    """Make numbers of ArchScale's spellings, and set what its names of options stand for; returns `explicit` with them.
+def read_spellings(args: argparse.Namespace, explicit: dict[str, str]) -> None:
+    """Make numbers of ArchScale's spellings, and set what its names of options stand for.
 
     Raises:
         ValueError: not a number, or both names of an option are given and differ.
     """
-    explicit = dict(explicit)
     for name in NUMBERS & explicit.keys():
         setattr(args, name, (whole if name in COUNTS else number)(explicit[name], getattr(args, name)))
     for name, ours in ALIASES.items():
@@ -100,8 +99,6 @@ def read_spellings(args: argparse.Namespace, explicit: dict[str, str]) -> dict[s
                 f"{explicit[name]} {value} and {explicit[ours]} {getattr(args, ours)} say the same; give one of them"
             )
         setattr(args, ours, value)
-        explicit[ours] = explicit[name]
-    return explicit
 
 
 def apply_resume(args: argparse.Namespace) -> None:

@@ -88,7 +88,7 @@ def test_spellings(parse: Parse) -> None:
         ("--parametrization mup --base-hps.d0 4 --base-hps.eta0 1e-3", {"lr": 1e-3, "matrix": 5e-4}),
         ("--train-name ori_mup --base-hps.eta0 1e-3", {"lr": 1e-3, "matrix": 2e-3}),
         ("--parametrization mup++ --archscale-release 2026-03", {"lr": 6e-4, "matrix": 6e-4}),
-        ("--parametrization hyperp --base-hps.t0 2048000 --base-hps.eta0 0.01",
+        ("--parametrization hyperp --optimizer muonh --base-hps.t0 2048000 --base-hps.eta0 0.01",
          {"lr": 0.01 * 0.1**-0.32, "matrix": 0.01 * 0.1**-0.32, "weight_decay": 0.0, "lr_warmup_samples": 0}),
         # what the user gives enters the laws: the batch, the learning rate
         ("--parametrization mup++ --global-batch-size 64", {"lr": 8e-4 * math.sqrt(2), "train_samples": 1600}),
