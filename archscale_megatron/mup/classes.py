@@ -28,12 +28,13 @@ C = ParameterClass
 MATRICES = (C.MATRIX, C.LAST_MATRIX, C.ROUTER)
 """Both sides grow with the width (the router's output does not). All other classes are vector-like."""
 
-# Class -> the ends of its parameters' names. "last" is the projection whose output is added to the residual stream.
+# Class -> the ends of its parameters' names. "last" is the projection whose output is added to the residual stream. The
+# experts of a grouped product are weight0, weight1, ...
 _ENDS = {
     C.EMBEDDING: r"embedding\.word_embeddings\.weight",
     C.OUTPUT: r"output_layer\.weight",
-    C.MATRIX: r"(linear_qkv|linear_q|linear_gate|linear_fc1|in_proj|x_proj|dt_proj)\.weight",
-    C.LAST_MATRIX: r"(linear_proj|linear_fc2|out_proj)\.weight",
+    C.MATRIX: r"(linear_qkv|linear_q|linear_gate|linear_fc1|in_proj|x_proj|dt_proj)\.weight\d*",
+    C.LAST_MATRIX: r"(linear_proj|linear_fc2|out_proj)\.weight\d*",
     C.ROUTER: r"router\.weight",
     C.NORM: r"(norm|final_norm|sub_norm|q_layernorm|k_layernorm)\.(weight|bias)",
     C.BIAS: r"(linear_qkv|linear_q|linear_gate|linear_proj|linear_fc1|linear_fc2|in_proj|out_proj)\.bias",

@@ -110,9 +110,7 @@ def table(setting: Setting, slopes: list[Slope]) -> str:
         for quantity in dict.fromkeys(slope.quantity for slope in slopes if slope.axis == axis):
             of_quantity = [slope for slope in slopes if (slope.axis, slope.quantity) == (axis, quantity)]
             values = "".join(_number(slope.value) for slope in of_quantity[1:])
-            low, high = (of_quantity[-1].lower, of_quantity[-1].upper)
-            limits = f"{low:.2f} to {high:.2f}" if math.isfinite(low) else f"up to {high:.2f}"
-            lines.append(f"{quantity:26}{_number(of_quantity[0].value):>9}{values}{limits:>16}")
+            lines.append(f"{quantity:26}{_number(of_quantity[0].value):>9}{values}{_limits(of_quantity[-1]):>16}")
         lines.append("")
     failed = [slope for slope in slopes if not slope.passed]
     lines += [_complaint(slope) for slope in failed]
@@ -129,12 +127,16 @@ def _number(value: float | None) -> str:
     return f"{'-':>7}" if value is None else f"{value:7.2f}"
 
 
+def _limits(slope: Slope) -> str:
+    return f"{slope.lower:.2f} to {slope.upper:.2f}" if math.isfinite(slope.lower) else f"up to {slope.upper:.2f}"
+
+
 def _complaint(slope: Slope) -> str:
     what = f"change after step {slope.step}" if slope.step else "initial size"
     of = f"{slope.quantity}, {what}, against {slope.axis}"
     if not all(map(math.isfinite, slope.sizes)):
         return f"failed: {of}: not finite"
-    return f"failed: {of}: slope {slope.value:.2f}, limits {slope.lower:.2f} to {slope.upper:.2f}"
+    return f"failed: {of}: slope {slope.value:.2f}, limits {_limits(slope)}"
 
 
 def _for_programs(setting: Setting, slopes: list[Slope]) -> dict[str, Any]:

@@ -71,7 +71,7 @@ MLP, STREAM = "SwiGLU MLP", "residual stream"
 def test_verdicts(
     one_process: None, parametrization: Parametrization, sizes: dict[str, list[int]], fails: set[str]
 ) -> None:
-    """`fails`: at least these quantities do, and nothing if it is empty; what passes does so by the mean of all seeds."""
+    """`fails`: at least these quantities do, and nothing if it is empty. What passes, does with all seeds."""
     seeds = 1 if fails else Setting.seeds
     setting = Setting(family="sambay", parametrization=parametrization, seeds=seeds, **sizes)  # type: ignore[arg-type]
     found = slopes(setting, measure_all(setting))

@@ -49,6 +49,11 @@ def test_every_parameter_is_in_one_class_and_archscale_s_group(model: str) -> No
         assert kind not in MATRICES or parameter.dim() == 2
 
 
+def test_experts_of_a_grouped_product() -> None:
+    assert parameter_class("decoder.layers.1.mixer.experts.linear_fc1.weight12") is ParameterClass.MATRIX
+    assert parameter_class("decoder.layers.1.mixer.experts.linear_fc2.weight0") is ParameterClass.LAST_MATRIX
+
+
 @pytest.mark.parametrize("name", ["decoder.layers.3.mixer.in_proj.weights", "decoder.layers.0.mixer.A", "weight", ""])
 def test_a_parameter_without_a_class_is_named(name: str) -> None:
     with pytest.raises(ValueError, match=f"parameter {name} is in no class; mup/classes.py"):
