@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from archscale_megatron.archs.architecture import Architecture
 from archscale_megatron.archs.build import build_architecture
@@ -13,16 +13,6 @@ from archscale_megatron.archs.counts import parameters, training_flops
 
 TOKENS_PER_PARAMETER = 20.0
 """arXiv 2203.15556; here of all parameters, the embedding's included."""
-
-# Parameters without embeddings are (a r^2 + c r) depth^3, of the aspect ratio r: family -> (a, c). e77b786,
-# pretrain.py:191-203.
-_SAMBAY = (14.5, 144)
-PARAMETER_LAWS = {
-    "transformer": (12, 320), "transformerls": (12, 320), "samba": (15, 160),
-    "sambay": _SAMBAY, "sambayda": _SAMBAY, "sambay2": _SAMBAY, "phi4miniflash": _SAMBAY,
-    "sambayoco": (13.5, 208), "sambayattn": (13.5, 208), "sambayattnall": (13.5, 208),
-    "mambay": (16, 64), "mambay2": (16, 64), "gdny": (16, 64), "sgdny": (16, 64), "sambaymlp": (15.5, 144),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -82,8 +72,11 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     rule.add_argument(
         "--tokens-per-parameter", type=float, default=TOKENS_PER_PARAMETER, metavar="N", help="Chinchilla's (20)"
     )
-    rule.add_argument("--base-hps.t0", dest="t0", type=float, default=1e11, help="tokens of ArchScale's base (1e11)")
-    rule.add_argument("--base-hps.d0", dest="d0", type=int, default=16, help="its depth (16)")
+    rule.add_argument(
+        "--archscale-release", choices=("2025-07", "2026-03"), default="2025-07", help="whose law and base (2025-07)"
+    )
+    rule.add_argument("--base-hps.t0", dest="t0", type=float, help="tokens of ArchScale's base model (the release's)")
+    rule.add_argument("--base-hps.d0", dest="d0", type=int, help="its depth (the release's)")
     machine = command.add_argument_group("machine")
     machine.add_argument("--batch-tokens", type=float, default=2**21, metavar="N", help="tokens of a step (2097152)")
     machine.add_argument("--gpus", type=int, default=8, help="(8)")
@@ -116,7 +109,7 @@ def plan(args: argparse.Namespace) -> Plan:
     elif args.rule == "archscale":
         if arch is None:
             raise ValueError("--rule archscale: is of a family; give --train-model and --depth")
-        rule, tokens = "archscale: t0 N(d)/N(d0)", archscale_tokens(arch, args.t0, args.d0)
+        rule, tokens = "archscale: t0 N(d)/N(d0)", _archscale_tokens(args, arch)
     else:
         rule = f"chinchilla: {args.tokens_per_parameter:g} a parameter"
         tokens = round(args.tokens_per_parameter * size)
@@ -144,19 +137,11 @@ def plan(args: argparse.Namespace) -> Plan:
     )
 
 
-def archscale_tokens(arch: Architecture, t0: float, d0: int) -> int:
-    """T = t0 N(d)/N(d0), N without embeddings by ArchScale's own formula, N(d0) the transformer's (e77b786).
+def _archscale_tokens(args: argparse.Namespace, arch: Architecture) -> int:
+    from archscale_megatron.mup.transfer import BASES, target_tokens  # imports torch
 
-    Raises:
-        ValueError: there is no formula for this family.
-    """
-    if arch.family not in PARAMETER_LAWS:
-        raise ValueError(
-            f"--rule archscale: no law for {arch.family}; give --max-tokens, or one of {', '.join(PARAMETER_LAWS)}"
-        )
-    squared, linear = PARAMETER_LAWS[arch.family]
-    ratio = arch.hidden_size // arch.depth
-    return int(t0 * (squared * ratio**2 + linear * ratio) * arch.depth**3 / (14.5 * 128**2 * d0**3))
+    given = {name: int(value) for name in ("t0", "d0") if (value := getattr(args, name)) is not None}
+    return target_tokens(replace(BASES[args.archscale_release], **given), arch, args.archscale_release)
 
 
 def table(found: Plan) -> str:
@@ -198,9 +183,9 @@ def _architecture(args: argparse.Namespace) -> Architecture | None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    for name in ("tokens_per_parameter", "t0", "d0", "batch_tokens", "gpus", "peak_tflops", "seq_length"):
+    for name in ("tokens_per_parameter", "batch_tokens", "gpus", "peak_tflops", "seq_length"):
         _positive(name, getattr(args, name))
-    for name in ("parameters", "max_tokens", "flops", "price"):
+    for name in ("parameters", "max_tokens", "flops", "price", "t0", "d0"):
         if (value := getattr(args, name)) is not None:
             _positive(name, value)
     if not 0 < args.mfu <= 1:

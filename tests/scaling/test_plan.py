@@ -35,6 +35,13 @@ def test_archscales_rule_of_other_families(capsys: pytest.CaptureFixture[str], f
     assert base["tokens"] == pytest.approx(found["tokens"] / 2 * 8, abs=4)
 
 
+def test_archscales_later_rule(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of 2026-03 the base has depth 8: 9.5e9 tokens there, 27 times as many at depth 24."""
+    for depth, tokens in ((8, 9_500_000_000), (24, 27 * 9_500_000_000)):
+        found = planned(capsys, f"--train-model sambay --depth {depth} --rule archscale --archscale-release 2026-03")
+        assert found["tokens"] == tokens
+
+
 def test_a_family_is_counted_layer_by_layer(capsys: pytest.CaptureFixture[str]) -> None:
     from archscale_megatron.archs.build import build_architecture
     from archscale_megatron.archs.counts import parameters, training_flops
@@ -87,7 +94,7 @@ def test_table(capsys: pytest.CaptureFixture[str]) -> None:
         ("--train-model sambay", "--train-model and --depth: give both"),
         ("--train-model sambay --depth 16 --parameters 1e9", "give both, and no --parameters"),
         ("--train-model sambae --depth 16", "unknown family; did you mean"),
-        ("--train-model swayoco --depth 16 --rule archscale", "no law for swayoco; give --max-tokens"),
+        ("--train-model swayoco --depth 16 --rule archscale", "no law for the training tokens of swayoco"),
         ("--parameters 1e9 --rule archscale", "--rule archscale: is of a family"),
         ("--parameters nan", "--parameters nan: must be a positive number"),
         ("--parameters 1e9 --base-hps.t0 -1", "--base-hps.t0 -1: must be a positive number"),
