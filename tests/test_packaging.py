@@ -119,7 +119,7 @@ def _sources() -> list[Path]:
 
 
 def test_imports_are_declared() -> None:
-    distributions = {"megatron": "megatron-core", "fla": "flash-linear-attention"}
+    distributions = {"megatron": "megatron-core", "fla": "flash-linear-attention", "yaml": "PyYAML"}
     declared = names(runtime() + extra("gpu") + extra("hf") + extra("eval")) | {"triton"}  # PyTorch brings Triton
     own = {"archscale_megatron", "tools"} | {p.stem for p in ROOT.glob("tools/*.py")}
     for path in _sources():
