@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 
@@ -23,6 +24,25 @@ def prepare() -> None:
         raise ValueError(f"started on {os.environ['WORLD_SIZE']} processes; it runs on 1 (--nproc-per-node 1)")
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
         os.environ.setdefault(name, value)
+    _quietly_install()
+
+
+def stand_for(nodes: int, gpus_per_node: int, command_line: list[str]) -> None:
+    """Make this process ready for Megatron as rank 0 of a job that is not there, started with `command_line`.
+
+    Raises:
+        ValueError: one of the numbers is less than 1.
+    """
+    for name, number in {"nodes": nodes, "gpus-per-node": gpus_per_node}.items():
+        if number < 1:
+            raise ValueError(f"--{name} {number}: must be 1 or more")
+    sys.argv[1:] = command_line
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(nodes * gpus_per_node)}
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a GPU has nothing to do here
+    _quietly_install()
+
+
+def _quietly_install() -> None:
     warnings.simplefilter("ignore")  # Megatron tells of each library that it does not find
     logging.disable(logging.WARNING)
     cpu.install()

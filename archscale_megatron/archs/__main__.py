@@ -5,10 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
-import signal
-import sys
 from pathlib import Path
-from typing import NoReturn
 
 from archscale_megatron.archs.architecture import Architecture
 from archscale_megatron.archs.build import build_architecture
@@ -16,29 +13,20 @@ from archscale_megatron.archs.counts import parameters
 from archscale_megatron.archs.families import FAMILIES
 from archscale_megatron.archs.options import add_overrides, overrides
 from archscale_megatron.archs.show import describe, page
+from archscale_megatron.command_line import Parser, run, start
 
 DEPTHS = range(1, 33)  # that `list` tries
 SIZES = (8, 16, 24, 32)  # whose parameters it prints
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line on standard error, without argparse's usage before it."""
-        self.exit(2, f"archs: error: {message}\n")
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Run one command; exits with code 2 and one line on standard error if an argument cannot be."""
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command and return its exit code; exits with 2 and one line on standard error for bad input."""
     parser = _parser()
-    args = parser.parse_args(arguments)
-    try:
-        args.run(args)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
+    return run(parser, parser.parse_args(arguments))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m archscale_megatron.archs", description="Look at the architectures.")
+def _parser() -> Parser:
+    parser = Parser(prog="python -m archscale_megatron.archs", description="Look at the architectures.")
     commands = parser.add_subparsers(required=True, metavar="list | show | plot")
     commands.add_parser("list", help="the families and their depths").set_defaults(run=_list)
     show = commands.add_parser("show", help="layers, parameters, FLOPs, caches and legal layouts")
@@ -114,5 +102,4 @@ def _plot(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
-    main(sys.argv[1:])
+    start(main)

@@ -17,14 +17,14 @@ import argparse
 import contextlib
 import io
 import json
-import logging
 import multiprocessing
 import os
 import sys
-import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from archscale_megatron import single_process
 
 
 def parser() -> argparse.ArgumentParser:
@@ -52,24 +52,12 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     options, training = parser().parse_known_args()
-    for name in ("nodes", "gpus_per_node"):
-        if getattr(options, name) < 1:
-            parser().error(f"--{name.replace('_', '-')} {getattr(options, name)}: must be 1 or more")
     if options.json not in (None, "-") and not Path(options.json).parent.is_dir():
         parser().error(f"--json {options.json}: there is no directory {Path(options.json).parent}")
-    sys.argv[1:] = training
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(options.nodes * options.gpus_per_node)}
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a GPU has nothing to do here
-    logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")
-
-    from archscale_megatron import cpu
-
-    cpu.install()
-
-    from archscale_megatron import megatron_patches
-
-    megatron_patches.apply()
+    try:
+        single_process.stand_for(options.nodes, options.gpus_per_node, training)
+    except ValueError as error:
+        parser().error(str(error))
 
     from archscale_megatron.dryrun.report import summary, table
 

@@ -10,13 +10,11 @@ import argparse
 import contextlib
 import io
 import json
-import logging
-import os
 import re
-import sys
-import warnings
 from collections.abc import Sequence
 from typing import Any
+
+from archscale_megatron import single_process
 
 DEFAULTS = {"seq_length": 4096, "micro_batch_size": 2}  # ArchScale's, of what training must be told
 REPEATED = re.compile(r"(?<=layers|xperts)\.\d+\.")
@@ -41,22 +39,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print the run; exits with code 2 and one line on standard error if training would refuse it."""
-    for name in ("nodes", "gpus_per_node"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be 1 or more")
-    sys.argv[1:] = options.training
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(options.nodes * options.gpus_per_node)}
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a GPU has nothing to do here
-    logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")
-
-    from archscale_megatron import cpu
-
-    cpu.install()
-
-    from archscale_megatron import megatron_patches
-
-    megatron_patches.apply()
+    single_process.stand_for(options.nodes, options.gpus_per_node, options.training)
     facts = describe(_arguments())
     print(json.dumps(facts, indent=2) if options.json else page(facts))
     return 0

@@ -22,19 +22,19 @@ from archscale_megatron.layers.backend import backend_for
 from archscale_megatron.mup.rules import Parametrization
 from archscale_megatron.optimizers.arguments import set_optimizer
 from archscale_megatron.training.experts import set_experts
-from archscale_megatron.training.hyperparameters import (
-    add_hyperparameters,
-    add_underscored,
-    apply_resume,
-    read_spellings,
-    set_hyperparameters,
-)
+from archscale_megatron.training.hyperparameters import set_hyperparameters
 from archscale_megatron.training.layout import check_layout, layer_pattern
 from archscale_megatron.training.megatron_options import (
     FIXED,
     MEGATRON_OPTIONS,
     defaults,
     refuse_contradictions,
+)
+from archscale_megatron.training.spellings import (
+    add_hyperparameters,
+    add_underscored,
+    apply_resume,
+    read_spellings,
 )
 from archscale_megatron.training.train_name import apply_train_name
 

@@ -222,7 +222,7 @@ def test_values_are_checked_before_anything_runs() -> None:
     fixed = {
         "seq-length": 64, "micro-batch-size": 2, "global-batch-size": 8, "train-iters": 10, "lr": 1e-3,
         "mock-data": True, "tokenizer-type": "NullTokenizer", "train-name": "scaling_tie", "vocab-size": 128,
-        "aspect-ratio": 8,
+        "aspect-ratio": 8, "base-hps.warmup-tokens0": 0,
     }  # fmt: skip
     (point,) = points_of({**fixed, "train-model": "sambay", "depth": 4}, {})
     (facts,) = check([point], 1)
@@ -248,7 +248,7 @@ def test_real_training(tmp_path: Path) -> None:
     training = f"""--train-model sambay --depth 4 --aspect-ratio 8 --head-dim 8 --local-window 16 --seq-length 32
         --vocab-size {VOCABULARY} --tokenizer-type NullTokenizer --data-path {data} --micro-batch-size 4
         --global-batch-size 4 --train-iters 12 --lr-decay-style constant --split 80,20,0 --eval-interval 12
-        --eval-iters 1 --num-workers 0 --train-name scaling_tie""".split()
+        --eval-iters 1 --num-workers 0 --train-name scaling_tie --base-hps.warmup-tokens0 0""".split()
     output = tmp_path / "sweep"
     main(["sweep", "--output", str(output), "--grid", "lr=1e-3,1e-2,1e18", "--last", "4", "--", *training])
     found = {float(line["base_learning_rate"]): line for line in results(output)}

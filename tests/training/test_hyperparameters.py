@@ -13,7 +13,7 @@ from megatron.core import num_microbatches_calculator as microbatches
 from megatron.training import training
 
 from archscale_megatron.training.arguments import apply_arguments, check_schedule, parse_command_line
-from archscale_megatron.training.hyperparameters import CHECKPOINTS, apply_resume
+from archscale_megatron.training.spellings import CHECKPOINTS, apply_resume
 
 Parse = Callable[..., argparse.Namespace]
 D8 = "--train-model sambay --depth 8 --seq-length 4096 --micro-batch-size 2"
