@@ -6,8 +6,10 @@ import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import Generator, Tensor
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
 
 # Step sizes of a scan at the start, log-uniform (arXiv 2312.00752, section 3.6).
 SMALLEST_STEP, LARGEST_STEP = 1e-3, 0.1

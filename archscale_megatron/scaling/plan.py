@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from archscale_megatron.archs.architecture import Architecture
 from archscale_megatron.archs.build import build_architecture
 from archscale_megatron.archs.counts import parameters, training_flops
+from archscale_megatron.mup.transfer import BASES, target_tokens
 
 TOKENS_PER_PARAMETER = 20.0
 """arXiv 2203.15556; here of all parameters, the embedding's included."""
@@ -138,8 +139,6 @@ def plan(args: argparse.Namespace) -> Plan:
 
 
 def _archscale_tokens(args: argparse.Namespace, arch: Architecture) -> int:
-    from archscale_megatron.mup.transfer import BASES, target_tokens  # imports torch
-
     given = {name: int(value) for name in ("t0", "d0") if (value := getattr(args, name)) is not None}
     return target_tokens(replace(BASES[args.archscale_release], **given), arch, args.archscale_release)
 
