@@ -64,6 +64,7 @@ def test_layer_wise_distributed_muon(data: Path, tmp_path: Path) -> None:
     assert run(2, data, tmp_path / "replicated", *options) == pytest.approx(losses, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_bf16_with_experts_resumes(data: Path, tmp_path: Path) -> None:
     options = ("--optimizer", "muonh", "--bf16", "--lr", "0.01", "--expert-model-parallel-size", "2")
     resumes_exactly(2, data, tmp_path, *EXPERTS, *options)

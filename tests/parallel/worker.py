@@ -120,7 +120,7 @@ def build_chunks(config: HybridConfig, layout: Layout) -> list[DistributedDataPa
             elif not parameter.any():  # biases and sinks: beside 0, the rounding of an update is as large as itself
                 parameter.data.fill_(ZERO_REPLACEMENT)
         if layout.rounded:
-            generator = torch.Generator().manual_seed(7)
+            generator = torch.Generator().manual_seed(layout.rounded)
             for parameter in model.parameters():
                 move = torch.empty_like(parameter).uniform_(-(2**-24), 2**-24, generator=generator)
                 parameter.data.copy_(parameter.data.double() * (1 + move.double()))
