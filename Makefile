@@ -54,7 +54,7 @@ demo: install ## text to trained model, on this machine
 
 lr-transfer: install ## does the best learning rate stay? SP and muP++ at depths 4, 8, 12: about an hour on 2 cores
 	@[ -f runs/stdlib/corpus_text_document.idx ] || $(BIN)/python tools/demo.py --data-only --output runs/stdlib
-	$(BIN)/python -m archscale_megatron.scaling sweep --config examples/lr_transfer.yaml --output runs/lr-transfer --jobs 2 --last 3
+	$(BIN)/python -m archscale_megatron.scaling sweep --config examples/lr_transfer.yaml --output runs/lr-transfer --jobs 2 --last 30
 	$(BIN)/python -m archscale_megatron.scaling plot-lr runs/lr-transfer/results.csv -o runs/lr-transfer/lr.png
 
 clean: ## remove .venv and caches
