@@ -15,4 +15,4 @@ RUN CAUSAL_CONV1D_FORCE_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE \
 # Megatron-Core and the rest, as setup.cfg asks. Without the extra `gpu`: its first two come with the image.
 WORKDIR /workspace/archscale-megatron
 COPY . .
-RUN pip install --no-build-isolation --editable ".[hf]"
+RUN pip install --no-build-isolation --editable "."

@@ -12,8 +12,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest
-# Two threads for the numerical tests; tests that start several processes give one to each.
-THREADS := OMP_NUM_THREADS=2
+# How many tests run at a time, those of one file one by one; each process computes with one thread.
+WORKERS := 2
+THREADS := OMP_NUM_THREADS=1
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -27,11 +28,11 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt .python-version tools/fin
 		|| { echo "making $(VENV) with $$python"; "$$python" -m venv --clear $(VENV); }
 	@$(BIN)/python -c 'import sys; v = sys.version_info; v[:2] == (3, 12) or \
 		print(f"note: this is Python {v[0]}.{v[1]}; constraints.txt was tested with 3.12")'
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,hf]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,eval]'
 	@touch $@
 
 test: install checks ## all tests that need no GPU, after the checks
-	$(THREADS) $(PYTEST) -m "not gpu and not slow" --durations 15 \
+	$(THREADS) $(PYTEST) -n $(WORKERS) --dist loadfile -m "not gpu and not slow" --durations 15 \
 		--ignore tests/test_readme.py --ignore tests/test_examples.py
 
 test-slow: install ## the tests that take minutes each

@@ -6,6 +6,7 @@ Megatron's flags all work; ours are the group `archscale` of `--help`. See examp
 """
 
 import multiprocessing
+import signal
 
 from archscale_megatron import cpu
 
@@ -29,6 +30,7 @@ def main() -> None:
     from megatron.training import inprocess_restart, pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
+    from archscale_megatron.checkpoint import saving
     from archscale_megatron.data.datasets import datasets_provider
     from archscale_megatron.training.step import forward_step, model_provider
 
@@ -44,14 +46,19 @@ def main() -> None:
             model_provider=model_provider,
             store=store,
         )
-    except BaseException:
+    except BaseException as error:
         # Data loader workers ignore SIGTERM, so that one sent to the whole job saves first; Python would wait for them.
+        # Their end is no error now: the loader's handler would raise one, in the place of Megatron's exit code.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for worker in multiprocessing.active_children():
             worker.kill()
+        if isinstance(error, SystemExit) and not error.code:  # after SIGTERM, say
+            saving.exit_if_unsaved()
         raise
     if dist.is_initialized():
         dist.barrier()  # a rank that leaves early breaks the connections of the others
         dist.destroy_process_group()
+    saving.exit_if_unsaved()
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn
 
 
 class Parser(argparse.ArgumentParser):
@@ -23,6 +23,19 @@ def run(parser: Parser, args: argparse.Namespace) -> int:
         return args.run(args) or 0
     except (OSError, ValueError) as error:
         parser.error(str(error))
+
+
+def run_commands(program: str, description: str, modules: Iterable[Any], arguments: list[str] | None) -> int:
+    """Run one command of a program and return its exit code; exits with 2 and one line on standard error for bad input.
+
+    Args:
+        modules: each has `add_commands(commands)`, whose parsers set `run`, a function of the parsed arguments.
+    """
+    parser = Parser(prog=f"python -m archscale_megatron.{program}", description=description)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for module in modules:
+        module.add_commands(commands)
+    return run(parser, parser.parse_args(arguments))
 
 
 def start(main: Callable[[], int]) -> NoReturn:

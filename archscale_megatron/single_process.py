@@ -24,7 +24,7 @@ def prepare() -> None:
         raise ValueError(f"started on {os.environ['WORLD_SIZE']} processes; it runs on 1 (--nproc-per-node 1)")
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
         os.environ.setdefault(name, value)
-    _quietly_install()
+    quietly_install()
 
 
 def stand_for(nodes: int, gpus_per_node: int, command_line: list[str]) -> None:
@@ -39,10 +39,11 @@ def stand_for(nodes: int, gpus_per_node: int, command_line: list[str]) -> None:
     sys.argv[1:] = command_line
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(nodes * gpus_per_node)}
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a GPU has nothing to do here
-    _quietly_install()
+    quietly_install()
 
 
-def _quietly_install() -> None:
+def quietly_install() -> None:
+    """Make this process ready for Megatron, alone or as one of several, and quiet; before the first import of it."""
     warnings.simplefilter("ignore")  # Megatron tells of each library that it does not find
     logging.disable(logging.WARNING)
     cpu.install()

@@ -21,7 +21,7 @@ CASES: dict[str, tuple[Path, list[str], dict[str, str], int, str | None]] = {
     "8gpu, tp 4": (EIGHT, [], {"TP": "4"}, 8, None),
     "8gpu, tp 8": (EIGHT, [], {"TP": "8"}, 8, "has 4 key-value heads to split; use 1, 2, 4"),
     "8gpu, batch 500": (EIGHT, ["--global-batch-size", "500"], {}, 8, "must be a multiple of"),
-    "8gpu, hidden": (EIGHT, ["--hidden-size", "2048"], {}, 8, "--hidden-size 2048 contradicts"),
+    "8gpu, layers": (EIGHT, ["--num-layers", "24"], {}, 8, "--num-layers 24 contradicts"),
     "8gpu, misspelt": (EIGHT, ["--micro-batchsize", "4"], {}, 8, "--micro-batchsize"),
     "128 nodes": (SLURM, [], {}, 1024, None),
     "127 nodes": (SLURM, [], {"SLURM_JOB_NUM_NODES": "127"}, 1016, "must be a multiple of"),
@@ -69,7 +69,7 @@ def test_values_reach_the_program(commands: dict[str, Command]) -> None:
 
     assert value("8gpu, paths", "--data-path") == "/data/a b"
     assert value("8gpu, paths", "--tokenizer-model") == "/data/t.model"
-    assert commands["8gpu, hidden"][0][-2:] == ["--hidden-size", "2048"]
+    assert commands["8gpu, layers"][0][-2:] == ["--num-layers", "24"]
     assert "--sequence-parallel" in commands["8gpu, tp 2"][0]
     assert "--sequence-parallel" not in commands["8gpu"][0]
 

@@ -1,15 +1,19 @@
-"""Generation from a checkpoint: the same tokens whatever the layout that trained it, and one line for bad input."""
+"""Generation: the same text from a checkpoint of any layout, and from its exports; one line for bad input."""
 
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 
-from archscale_megatron.generate import DEFAULT_NEW_TOKENS, GenerateError, generate, new_tokens, pieces, sample
+from archscale_megatron.generate import Decoder, Streamer, main
+from archscale_megatron.hf.export import export
+from archscale_megatron.hf.loading import load
 from tests.data.models import train_sentencepiece
 from tests.launch import ROOT, torchrun
 
@@ -28,13 +32,17 @@ PROMPT = "import os\n"
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Directories of the same two steps of training, on one process and on TP 2 x PP 2."""
+    """Directories of the same two steps of training, on one process and on TP 2 x PP 2, and exports of the second."""
     root = tmp_path_factory.mktemp("checkpoints")
     data = train_data(root)
     for name, processes, layout in (("single", 1, ""), ("tp2_pp2", 4, TP2_PP2)):
         options = f"{MODEL} {TWO_STEPS} {layout}".split()
         torchrun(processes, "pretrain_archscale.py", *options, *data, "--save", str(root / name))
-    return {name: str(root / name) for name in ("single", "tp2_pp2")}
+    for name in ("archscale", "whole"):
+        export(
+            root / "tp2_pp2", root / name, format="archscale", max_shard_bytes=10_000 if name == "archscale" else 10**9
+        )
+    return {name: str(root / name) for name in ("single", "tp2_pp2", "archscale", "whole")}
 
 
 def train_data(directory: Path) -> list[str]:
@@ -50,156 +58,183 @@ def train_data(directory: Path) -> list[str]:
     return [*tokenizer, "--data-path", str(directory / "text_text_document"), "--split", "1,0,0"]
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """The program as a user starts it, without torchrun."""
-    return subprocess.run(
-        [sys.executable, "-m", "archscale_megatron.generate", *arguments],
-        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+GREEDY = ["--temperature", "0", "--max-new-tokens", "12"]
 
 
-WORKER = """
-import json, sys
-import torch
-from archscale_megatron.generate import generate, load, prepare
-prepare()
-from megatron.core import dist_checkpointing
-model, tokenizer, limit = load(sys.argv[1])
-stored = dist_checkpointing.load_plain_tensors(sys.argv[1] + "/iter_0000002")
-equal = {name: torch.equal(stored[name], value) for name, value in model.named_parameters() if name in stored}
-options = dict(vocab_size=tokenizer.vocab_size, end=None, top_p=1.0)
-ids = tokenizer.tokenize(sys.argv[2])
-greedy = list(generate(model, ids, limit - len(ids), temperature=0.0, seed=0, **options))
-sampled = [list(generate(model, ids, 8, temperature=1.0, seed=seed, **options)) for seed in (1, 1, 2)]
-with torch.no_grad():  # one forward pass over all of it
-    whole = torch.tensor([ids + greedy])
-    logits = model(whole, torch.arange(whole.shape[1])[None], None)[0, :, : tokenizer.vocab_size]
-forward = logits.argmax(-1)[len(ids) - 1 : -1].tolist()
-text = tokenizer.detokenize(ids + greedy[:5])
-found = dict(ids=ids, greedy=greedy, text=text, forward=forward, sampled=sampled, limit=limit, equal=equal)
-print(json.dumps(found | dict(logits=logits[-1].tolist())))
-"""
+def text_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What the program prints."""
+    capsys.readouterr()
+    assert main(list(arguments)) == 0
+    return capsys.readouterr().out
 
 
-@pytest.fixture(scope="module")
-def generated(checkpoints: dict[str, str]) -> dict[str, dict]:
-    """What `WORKER` finds with each checkpoint."""
-    found = {}
-    for name, directory in checkpoints.items():
-        finished = subprocess.run(
-            [sys.executable, "-c", WORKER, directory, PROMPT],
-            cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
-        assert finished.returncode == 0, finished.stderr
-        found[name] = json.loads(finished.stdout.splitlines()[-1])
-    return found
+def test_every_source_says_the_same(checkpoints: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    texts = {name: text_of(capsys, "--load", path, "--prompt", PROMPT, *GREEDY) for name, path in checkpoints.items()}
+    one = str(Path(checkpoints["single"]) / "iter_0000002")
+    texts["one checkpoint"] = text_of(capsys, "--load", one, "--prompt", PROMPT, *GREEDY)
+    assert len(set(texts.values())) == 1
+    assert texts["single"].startswith(PROMPT) and len(texts["single"]) > len(PROMPT) + 2
 
 
-def test_greedy_is_the_argmax_of_one_forward_pass(generated):
-    found = generated["single"]
-    assert found["limit"] == 32
-    assert len(found["ids"] + found["greedy"]) == 32
-    assert found["greedy"] == found["forward"]
+def test_greedy_is_the_argmax_of_one_forward_pass(
+    checkpoints: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    loaded = load(Path(checkpoints["tp2_pp2"]))
+    ids = torch.tensor([loaded.tokenizer(PROMPT).input_ids])
+    length = ids.shape[1]
+    for _ in range(12):
+        with torch.no_grad():
+            following = loaded.model(ids, use_cache=False).logits[0, -1].argmax()
+        ids = torch.cat([ids, following[None, None]], dim=1)
+        if following in loaded.end:
+            break
+    assert ids.shape[1] > length + 1
+    text = loaded.tokenizer.decode(ids[0], skip_special_tokens=True) + "\n"
+    assert text_of(capsys, "--load", checkpoints["tp2_pp2"], "--prompt", PROMPT, *GREEDY) == text
 
 
-def test_parameters_are_those_of_the_checkpoint(generated):
-    for found in generated.values():
-        assert {"embedding.word_embeddings.weight", "decoder.final_norm.weight"} <= set(found["equal"])
-        assert all(found["equal"].values())
+def test_parameters_are_those_of_the_checkpoint(checkpoints: dict[str, str]) -> None:
+    """Bit for bit, through an export in shards as well; half where it is asked for, but not what a scan needs."""
+    state, sharded = (load(Path(checkpoints[name])).model.state_dict() for name in ("tp2_pp2", "archscale"))
+    assert state.keys() == sharded.keys()
+    assert all(torch.equal(tensor, sharded[name]) for name, tensor in state.items())
+    for name in ("tp2_pp2", "archscale"):
+        half = load(Path(checkpoints[name]), dtype=torch.bfloat16).model.state_dict()
+        for key, tensor in half.items():
+            kept = key.endswith((".A_log", ".D", ".dt_proj.bias"))
+            assert tensor.dtype == (torch.float32 if kept else torch.bfloat16), key
+            assert torch.equal(tensor, state[key].to(tensor.dtype)), key
 
 
-def test_same_seed_same_sample(generated):
-    first, again, other = generated["single"]["sampled"]
+def test_batches_of_prompts(checkpoints: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Prompts of several lengths, each continued as it is alone."""
+    prompts = [PROMPT, "x", "import os\nx = 3\nimport", "x = 1"]
+    source, output = tmp_path / "prompts.jsonl", tmp_path / "texts.jsonl"
+    source.write_text("".join(json.dumps({"id": i, "prompt": text}) + "\n" for i, text in enumerate(prompts)))
+    options = ["--load", checkpoints["archscale"], *GREEDY]
+    assert text_of(capsys, *options, "--prompts", str(source), "--output", str(output), "--batch-size", "3") == ""
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [line["id"] for line in lines] == [0, 1, 2, 3]
+    for prompt, line in zip(prompts, lines, strict=True):
+        assert line["prompt"] + line["text"] + "\n" == text_of(capsys, *options, "--prompt", prompt)
+        assert line["ended"] or line["tokens"] == 12
+    plain = tmp_path / "prompts.txt"
+    plain.write_text("x\n\nx = 1\n")
+    printed = [json.loads(line) for line in text_of(capsys, *options, "--prompts", str(plain)).splitlines()]
+    assert [line["text"] for line in printed] == [lines[1]["text"], lines[3]["text"]]
+    with pytest.raises(SystemExit):
+        main([*options, "--prompts", str(source), "--output", str(output)])
+    assert "is there already" in capsys.readouterr().err
+
+
+def test_samples(checkpoints: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--load", checkpoints["archscale"], "--prompt", PROMPT, "--max-new-tokens", "8"]
+    first, again, other = (text_of(capsys, *options, "--seed", seed) for seed in "112")
     assert first == again != other
+    lines = [json.loads(line) for line in text_of(capsys, *options, "--samples", "5").splitlines()]
+    assert len(lines) == 5 and len({line["text"] for line in lines}) > 1
+    greedy = text_of(capsys, *options, "--temperature", "0")
+    for narrow in (["--top-k", "1"], ["--top-p", "1e-9"], ["--temperature", "1e-4"]):
+        assert text_of(capsys, *options, *narrow) == greedy
+    penalised = text_of(capsys, *options, "--temperature", "0", "--repetition-penalty", "1e9")
+    ids = load(Path(checkpoints["archscale"])).tokenizer(penalised.removesuffix("\n")).input_ids
+    assert penalised != greedy and len(set(ids)) > len(ids) // 2
 
 
-def test_checkpoint_of_another_layout_generates_the_same(generated):
-    single, parallel = generated["single"], generated["tp2_pp2"]
-    assert parallel["greedy"] == single["greedy"]
-    assert parallel["sampled"] == single["sampled"]
-    torch.testing.assert_close(torch.tensor(parallel["logits"]), torch.tensor(single["logits"]), rtol=1e-5, atol=1e-5)
+def test_stop(checkpoints: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--load", checkpoints["archscale"], "--prompt", PROMPT, "--max-new-tokens", "20", "--seed", "3"]
+    text = text_of(capsys, *options).removeprefix(PROMPT).removesuffix("\n")
+    stop = text[4:7]
+    assert stop not in PROMPT + text[:6]
+    stopped = text_of(capsys, *options, "--stop", stop, "--stop", "never").removeprefix(PROMPT).removesuffix("\n")
+    assert text.startswith(stopped) and stop in stopped and len(stopped) < len(text)
 
 
-def test_program(checkpoints, generated, tmp_path):
-    """Both ways to start it print the prompt and the greedy continuation, and nothing else."""
+def test_program(checkpoints: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As a user starts it: it prints the text and nothing else, and does not start Megatron."""
     prompt = tmp_path / "prompt.txt"
     prompt.write_text(PROMPT)
-    options = ["--load", checkpoints["tp2_pp2"], "--temperature", "0", "--max-new-tokens", "5"]
-    ours = run(*options, "--prompt", PROMPT)
-    assert ours.returncode == 0, ours.stderr
-    assert ours.stdout == generated["single"]["text"] + "\n"
-    launched = torchrun(1, "-m", "archscale_megatron.generate", *options, "--prompt-file", str(prompt))
-    assert ours.stdout in launched.stdout
+    options = ["--load", checkpoints["tp2_pp2"], *GREEDY]
+    finished = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "archscale_megatron.generate", *options]
+        + ["--prompt-file", str(prompt)],
+        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout == text_of(capsys, *options, "--prompt", PROMPT)
+    assert "| megatron.core" not in finished.stderr and "| transformers" in finished.stderr
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--load", "nowhere", "--prompt", "a"], "--load nowhere: no such directory"),
-        (["--load", "tests", "--prompt", "a"], "--load tests: holds no checkpoint"),
-        (["--load", "CHECKPOINT", "--prompt", ""], "the prompt is empty"),
-        (["--load", "CHECKPOINT", "--prompt-file", "nothing.txt"], "nothing.txt"),
-        (["--load", "CHECKPOINT", "--prompt", "\u00e9" * 40], " tokens; the model's sequence length is 32"),
-        (["--load", "CHECKPOINT", "--prompt", "0", "--max-new-tokens", "32"], "sequence length, 32, leaves"),
+        (["--load", "tests", "--prompt", "a"], "tests: holds no checkpoint"),
+        (["--load", "CHECKPOINT", "--prompt", ""], "a prompt is empty"),
+        (["--load", "CHECKPOINT", "--prompt-file", "nothing.txt"], "nothing.txt: cannot be read"),
+        (["--load", "CHECKPOINT", "--prompts", "BAD"], 'give an object with a text "prompt"'),
         (["--load", "CHECKPOINT", "--prompt", "a", "--temperature", "-1"], "--temperature -1.0: must be 0 or more"),
         (["--load", "CHECKPOINT", "--prompt", "a", "--top-p", "0"], "--top-p 0.0: must be above 0"),
+        (["--load", "CHECKPOINT", "--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens 0: must be 1 or more"),
+        (["--load", "CHECKPOINT", "--prompt", "a", "--tokenizer-model", "none"], "none"),
     ],
 )
-def test_bad_input_is_one_line(checkpoints, arguments, message):
-    finished = run(*[checkpoints["single"] if a == "CHECKPOINT" else a for a in arguments])
-    assert finished.returncode == 2
-    assert finished.stdout == ""
-    (line,) = finished.stderr.splitlines()
+def test_bad_input_is_one_line(
+    checkpoints: dict[str, str],
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "bad.jsonl").write_text('{"prompt": 1}\n')
+    given = {"CHECKPOINT": checkpoints["single"], "BAD": str(tmp_path / "bad.jsonl")}
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        main([given.get(argument, argument) for argument in arguments])
+    captured = capsys.readouterr()
+    (line,) = captured.err.splitlines()
+    assert stopped.value.code == 2 and captured.out == ""
     assert line.startswith("generate: error: ") and message in line
 
 
-def test_new_tokens():
-    assert new_tokens(10, 1000, None) == DEFAULT_NEW_TOKENS
-    assert new_tokens(10, 30, None) == 20
-    assert new_tokens(10, 30, 20) == 20
-    for prompt, wanted in ((0, 1), (30, None), (10, 21)):
-        with pytest.raises(GenerateError):
-            new_tokens(prompt, 30, wanted)
+def test_streamer_waits_for_whole_characters(capsys: pytest.CaptureFixture[str]) -> None:
+    """Tokens that are single bytes."""
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    vocabulary = {character: i for i, character in enumerate(sorted(alphabet))}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    streamer = Streamer(type("Fast", (), {"backend_tokenizer": backend}))
+    streamer.put(torch.tensor([backend.encode("x ").ids]))
+    shown = []
+    for one in backend.encode("a\N{EURO SIGN} b").ids:
+        streamer.put(torch.tensor([one]))
+        shown.append(capsys.readouterr().out)
+    streamer.end()
+    assert shown == ["a", "", "", "\N{EURO SIGN}", " ", "b"]
 
 
-def test_sample_frequencies():
-    """Against the probabilities that the definition gives, at a temperature and a nucleus."""
-    logits = torch.tensor([1.0, 3.0, -2.0, 2.5, 0.0])
-    generator = torch.Generator().manual_seed(0)
-    weights = (logits.double() / 0.7).exp()
-    probabilities = weights / weights.sum()  # ids 1, 3, 0, 4, 2 in order: .640, .314, .037, ...
-    draws = 20_000
-    for top_p, kept in ((1.0, [0, 1, 2, 3, 4]), (0.97, [0, 1, 3]), (0.9, [1, 3]), (0.5, [1]), (1e-9, [1])):
-        expected = torch.zeros(5, dtype=torch.float64)
-        expected[kept] = probabilities[kept] / probabilities[kept].sum()
-        ids = [sample(logits, 0.7, top_p, generator) for _ in range(draws)]
-        found = torch.bincount(torch.tensor(ids), minlength=5) / draws
-        assert (found[expected == 0] == 0).all()
-        assert (found - expected).abs().max() < 4 * 0.5 / draws**0.5  # four standard deviations at most
+def test_bytes_that_are_no_text() -> None:
+    """Of a run of bytes, one by one, those before may become unreadable by the next; what is readable is all there."""
+    vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"std": 256, "\u2581ab": 257}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], byte_fallback=True))
+    backend.decoder = tokenizers.decoders.Sequence(
+        [
+            tokenizers.decoders.Replace("\u2581", " "),
+            tokenizers.decoders.ByteFallback(),
+            tokenizers.decoders.Fuse(),
+        ]
+    )
+    tokenizer = type("Fast", (), {"backend_tokenizer": backend})
 
+    def text(*ids: int) -> str:
+        decoder = Decoder(tokenizer, [256])
+        return "".join(map(decoder.step, ids))
 
-def test_sample_at_low_temperature_is_greedy():
-    logits = torch.tensor([1.0, 90.0, 89.0])
-    generator = torch.Generator().manual_seed(0)
-    assert {sample(logits, temperature, 1.0, generator) for temperature in (0.0, 1e-3, 1e-30)} == {1}
-
-
-def test_generate_stops_at_the_end_and_never_draws_padding():
-    """A model that counts; its largest logit is a column of padding."""
-
-    def model(tokens: torch.Tensor, positions: torch.Tensor, mask: None) -> torch.Tensor:
-        assert positions.tolist() == [list(range(tokens.shape[1]))]
-        logits = torch.zeros(1, tokens.shape[1], 8)
-        logits[0, -1, tokens[0, -1] + 1] = 1.0
-        logits[..., 7] = 2.0
-        return logits
-
-    options = {"vocab_size": 7, "temperature": 0.0, "top_p": 1.0, "seed": 0}
-    assert list(generate(model, [0], 3, end=None, **options)) == [1, 2, 3]
-    assert list(generate(model, [0], 5, end=4, **options)) == [1, 2, 3]
-
-
-def test_pieces_wait_for_whole_characters():
-    text = "a\N{EURO SIGN}b\N{EURO SIGN}".encode()
-    shown = list(pieces(lambda ids: bytes(ids).decode(errors="replace"), list(b"x"), text[:-1]))
-    assert shown == ["a", "\N{EURO SIGN}", "b", "\N{REPLACEMENT CHARACTER}"]
+    assert text(ord("p"), 0xFF, 256, 257, ord("q")).endswith("std abq")
+    assert text(257, *"a\N{EURO SIGN}b".encode(), 256) == " aba\N{EURO SIGN}bstd"
+    numbers = random.Random(1)
+    for _ in range(200):
+        assert text(*(numbers.randrange(258) for _ in range(20)), 256).endswith("std")

@@ -4,6 +4,7 @@ This file is also the script of the processes that are patched: `python test_meg
 """
 
 import ast
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -18,6 +19,7 @@ from argparse import Namespace
 from pathlib import Path
 from unittest import mock
 
+import psutil
 import pytest
 import torch
 
@@ -29,23 +31,12 @@ if __name__ == "__main__":
 ROOT = Path(__file__).parents[1]
 PASSED = "passed: "
 
+WRITER = "core/dist_checkpointing/strategies/filesystem_async.py"
 # What each patch replaces or relies on, in 0.19.2: (file, name, first digits of the SHA-256 of its source).
 GUARDED = {
     "_allow_no_cuda": [("training/initialize.py", "initialize_megatron", "1894d53ca729")],
     "_data_loader_with_own_generator": [
         ("training/datasets/data_samplers.py", "build_pretraining_data_loader", "de7cb12d9681"),
-    ],
-    "_save_copies_of_tensors": [
-        (
-            "core/dist_checkpointing/strategies/filesystem_async.py",
-            "FileSystemWriterAsync.prepare_write_data",
-            "34f499f7c43c",
-        ),
-        (
-            "core/dist_checkpointing/strategies/filesystem_async.py",
-            "FileSystemWriterAsync.preload_tensors",
-            "980b662270ce",
-        ),
     ],
     "_sizes_of_an_all_to_all": [
         ("core/transformer/moe/moe_utils.py", "maybe_move_tensor_to_cpu", "47a1092f05ba"),
@@ -96,14 +87,90 @@ GUARDED = {
             "5528981e75e7",
         ),
     ],
+    "_optimizer_state_without_gathering": [
+        ("core/optimizer/distrib_optimizer.py", f"DistributedOptimizer.{name}", digest)
+        for name, digest in {
+            "sharded_param_state_fully_reshardable": "132366305b19",
+            "load_parameter_state_from_fully_reshardable": "45254edb9ab5",
+            "sharded_state_dict": "558178b415b2",
+            "_get_main_param_and_optimizer_states": "0e8c885599cd",
+            "_set_main_param_and_optimizer_states": "abb463384d3f",
+            "_build_model_gbuf_range": "7ba5c9902b98",
+        }.items()
+    ],
+    "_save_without_copies": [
+        (
+            "core/dist_checkpointing/strategies/filesystem_async.py",
+            "FileSystemWriterAsync.prepare_write_data",
+            "34f499f7c43c",
+        ),
+    ],
+    "_asynchronous_save_of_a_snapshot": [
+        ("core/dist_checkpointing/strategies/filesystem_async.py", f"FileSystemWriterAsync.{name}", digest)
+        for name, digest in {"get_save_function_and_args": "d0f1da50cd40", "preload_tensors": "980b662270ce"}.items()
+    ]
+    + [
+        ("core/dist_checkpointing/strategies/async_utils.py", name, digest)
+        for name, digest in {
+            "AsyncRequest": "4b6122059706",
+            "AsyncCallsQueue.schedule_async_request": "9c1d67c13cdb",
+            "PersistentAsyncCaller.schedule_async_call": "1aaed4357853",
+            "PersistentAsyncCaller.async_loop": "499387891d5c",
+        }.items()
+    ],
+    "_checkpoint_worker_outlives_sigterm": [
+        ("core/dist_checkpointing/strategies/async_utils.py", "PersistentAsyncCaller", "c1ec3c1a8c74"),
+        (WRITER, "get_write_results_queue", "5528981e75e7"),
+    ],
     "_optimizer_groups": [("training/training.py", "get_megatron_optimizer_config", "414f2e721a13")],
+    "_not_a_number_in_the_first_iteration": [
+        ("core/rerun_state_machine.py", "RerunStateMachine.validate_result", "7ae75e388c41"),
+    ],
+    "_random_states_of_reruns": [
+        ("core/tensor_parallel/random.py", "CudaRNGStatesTracker.set_states", "fce1685b837c"),
+    ],
     "_layer_symbols": [("core/models/hybrid/hybrid_layer_allocation.py", "Symbols", "39922661ee42")],
     "_shared_state_between_stages": [
         ("core/pipeline_parallel/p2p_communication.py", "P2PCommunicator", "18d791a6d8eb"),
     ],
+    "_tasks_beside_validation": [
+        ("training/training.py", "evaluate_and_print_results", "2fc7a80beed5"),
+        ("training/training.py", "evaluate", "ad7897318fc8"),
+    ],
     "_throughput_of_hybrid_models": [
         ("training/training.py", "num_floating_point_operations", "0e870f7f502f"),
         ("training/training.py", "training_log", "7e7ebec01bcf"),
+    ],
+    "_checkpoints_with_digests": [(WRITER, "FileSystemWriterAsync.write_preloaded_data", "64433b7aec0e")],
+    "_saves_end_on_all_ranks": [
+        (WRITER, "FileSystemWriterAsync.write_preloaded_data_multithread", "33c60cd0dc75"),
+        (WRITER, "FileSystemWriterAsync.get_save_function_and_args", "d0f1da50cd40"),
+        (WRITER, "FileSystemWriterAsync.prepare_local_plan", "e21f2a714122"),
+        (WRITER, "FileSystemWriterAsync.finish", "ee116e87ccdc"),
+        (WRITER, "FileSystemWriterAsync.retrieve_write_results", "378b528cf91d"),
+        (
+            "core/dist_checkpointing/strategies/state_dict_saver.py",
+            "save_state_dict_async_finalize",
+            "db8d96a4bf33",
+        ),
+        (
+            "core/dist_checkpointing/strategies/async_utils.py",
+            "AsyncCallsQueue.maybe_finalize_async_calls",
+            "58442e0c621e",
+        ),
+        ("core/dist_checkpointing/serialization.py", "save", "c6584b7a8391"),
+        ("core/dist_checkpointing/core.py", "save_config", "4561d81eed4d"),
+        ("training/checkpointing.py", "save_checkpoint", "42e813b3aa30"),
+        ("training/async_utils.py", "maybe_finalize_async_save", "7878946b4f05"),
+    ],
+    "_load_newest_whole_checkpoint": [
+        ("training/checkpointing.py", "read_metadata", "436e8b36f0bf"),
+        ("training/checkpointing.py", "load_checkpoint", "ee0f61114e6f"),
+        ("training/checkpointing.py", "_load_base_checkpoint", "5c7e88fc4f89"),
+    ],
+    "_no_code_in_checkpoints": [
+        ("core/dist_checkpointing/serialization.py", "load_common_state_dict", "bd087edfa74c"),
+        ("core/dist_checkpointing/strategies/torch.py", "MCoreLoadPlanner", "9da0ddd24fd5"),
     ],
 }
 
@@ -185,25 +252,149 @@ def check_data_loader_with_own_generator() -> None:
     assert training.build_pretraining_data_loader(None, 0) is None
 
 
-def check_save_copies_of_tensors() -> None:
-    """Training goes on while an asynchronous save writes: what is written is what there was."""
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
+def check_optimizer_state_without_gathering() -> None:
+    """Behind the padding of a bucket, the state saved is that of others."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.transformer import TransformerConfig
 
     from archscale_megatron import megatron_patches
 
-    filesystem_async.get_write_results_queue("fork")  # as Megatron's checkpoint worker does; spawning takes 2 s
+    initialize_distributed()
+    model = torch.nn.ParameterDict({name: torch.nn.Parameter(torch.randn(10, 10)) for name in "abc"})
+    ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, overlap_grad_reduce=True, bucket_size=1)
+    config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1)
+    model = DistributedDataParallel(config, ddp, model)
+    optimizer_config = OptimizerConfig(optimizer="adam", lr=1e-3, use_distributed_optimizer=True)
+    (optimizer,) = get_megatron_optimizer(optimizer_config, [model]).chained_optimizers
+    optimizer._init_optimizer_states_with_dummy_values()
+    states = {}
+    for name, parameter in model.module.named_parameters():
+        states[name] = optimizer._get_main_param_and_optimizer_states(parameter)["exp_avg"].normal_()
+
+    def sharded(is_loading: bool) -> dict[str, torch.Tensor]:
+        names = dict(model.module.named_parameters())
+        of_model = {
+            n: dist_checkpointing.ShardedTensor.from_rank_offsets(n, p, replica_id=(0, 0, 0)) for n, p in names.items()
+        }
+        metadata = {"distrib_optim_fully_reshardable_mem_efficient": False}
+        found = optimizer.sharded_param_state_fully_reshardable(of_model, is_loading, metadata).values()
+        return {state["exp_avg"].key: state["exp_avg"].data for state in found}
+
+    def agree() -> list[bool]:
+        found = sharded(is_loading=False)
+        return [torch.equal(found[f"optimizer.state.exp_avg.{n}"].view(-1), state) for n, state in states.items()]
+
+    assert len(optimizer.buffers[0].buckets) == 3
+    assert sorted(agree()) == [False, False, True]
+    megatron_patches._optimizer_state_without_gathering()
+    assert agree() == [True, True, True]
+    for is_loading in (False, True):  # nothing is copied
+        own = {tensor.data_ptr() for tensor in sharded(is_loading).values()}
+        assert own == {state.data_ptr() for state in states.values()}
+
+
+def check_asynchronous_save_of_a_snapshot() -> None:
+    """Training goes on while the worker writes: what is written is what there was."""
+    import multiprocessing
+
+    from megatron.core.dist_checkpointing.strategies import async_utils, filesystem_async
+
+    from archscale_megatron import megatron_patches
+    from archscale_megatron.checkpoint import snapshot
+
+    trained = multiprocessing.get_context("fork").Event()
+    write = filesystem_async._write_item
+
+    @functools.wraps(write)
+    def write_later(*args: object, **kwargs: object) -> object:
+        assert trained.wait(60)
+        return write(*args, **kwargs)
+
+    filesystem_async._write_item = write_later
+    filesystem_async.get_write_results_queue("fork")  # as Megatron's checkpoint worker has; spawning takes 2 s
+    async_utils.AsyncCallsQueue.warmup_persistent_caller(0, "fork", io_priority=None)
+    calls = async_utils.AsyncCallsQueue(persistent=True)
 
     def saved() -> float:
         weight = torch.full((64,), 1.0)
+        trained.clear()
         with tempfile.TemporaryDirectory() as folder:
-            request = save_weight(weight, folder, asynchronous=True)
+            calls.schedule_async_request(save_weight(weight, folder, asynchronous=True))
             weight.fill_(2.0)
-            request.execute_sync()
+            trained.set()
+            calls.maybe_finalize_async_calls(blocking=True)
             return load_weight(folder)[0].item()
 
-    assert saved() == 2.0
-    megatron_patches._save_copies_of_tensors()
-    assert saved() == 1.0
+    try:
+        assert saved() == 2.0
+        megatron_patches._asynchronous_save_of_a_snapshot()
+        assert [saved(), saved()] == [1.0, 1.0]
+        assert len(snapshot._free) == 1  # both had the same memory
+    finally:
+        calls.close(abort=True)
+        filesystem_async._write_item = write
+
+
+def check_checkpoint_worker_outlives_sigterm() -> None:
+    """SIGTERM to all processes of a rank ends the writer and the queue of its results; with the patch, neither, and a
+    writer that is killed is an error in the place of a wait. Both go with the rank."""
+    from megatron.core.dist_checkpointing.strategies import async_utils, filesystem_async
+
+    from archscale_megatron import megatron_patches
+
+    get_queue = filesystem_async.get_write_results_queue
+
+    def start() -> tuple[async_utils.AsyncCallsQueue, list[psutil.Process]]:
+        manager = filesystem_async.get_write_results_queue("fork")._manager._process
+        async_utils.AsyncCallsQueue.warmup_persistent_caller(0, "fork", io_priority=None)
+        writer = async_utils.PersistentAsyncCaller._persistent_process
+        return async_utils.AsyncCallsQueue(persistent=True), [psutil.Process(p.pid) for p in (manager, writer)]
+
+    def left_after_sigterm(processes: list[psutil.Process]) -> int:
+        for process in processes:
+            process.terminate()
+        return len(psutil.wait_procs(processes, timeout=5)[1])
+
+    filesystem_async._results_queue = async_utils.PersistentAsyncCaller._persistent_process = None
+    _, processes = start()
+    assert left_after_sigterm(processes) == 0
+    async_utils.PersistentAsyncCaller._persistent_process = None
+    megatron_patches._checkpoint_worker_outlives_sigterm()
+    calls, processes = start()
+    with tempfile.TemporaryDirectory() as folder:
+        calls.schedule_async_request(save_weight(torch.ones(64), folder, asynchronous=True))
+        assert left_after_sigterm(processes) == 2
+        calls.maybe_finalize_async_calls(blocking=True)
+        assert torch.equal(load_weight(folder), torch.ones(64))
+    with tempfile.TemporaryDirectory() as folder:
+        async_utils.PersistentAsyncCaller._persistent_process.kill()
+        async_utils.PersistentAsyncCaller._persistent_process.join()
+        request = save_weight(torch.ones(64), folder, asynchronous=True)
+        with pytest.raises(RuntimeError, match="the process that writes checkpoints ended with exit code -9"):
+            calls.schedule_async_request(request)
+    calls.close(abort=True)
+    filesystem_async.get_write_results_queue = get_queue
+    filesystem_async._results_queue = None
+
+
+def check_save_without_copies() -> None:
+    from archscale_megatron import megatron_patches
+
+    weight = torch.arange(64.0)[8:16]
+    with tempfile.TemporaryDirectory() as folder:
+
+        def copied() -> bool:
+            (bucket,) = save_weight(weight, folder, asynchronous=True).async_fn_args[1]
+            (pointer,) = (tensor.data_ptr() for item, tensor in bucket[2][1])
+            return pointer != weight.data_ptr()
+
+        assert copied()
+        megatron_patches._save_without_copies()
+        assert not copied()
+        save_weight(weight, folder)
+        assert torch.equal(load_weight(folder), torch.arange(8.0, 16.0))
 
 
 def check_synchronous_save_without_manager() -> None:
@@ -380,6 +571,57 @@ def check_fp32_parameters_of_half_precision_optimizers() -> None:
     assert all(torch.equal(a, b + 1) for a, b in zip(after, before, strict=True))
 
 
+def check_not_a_number_in_the_first_iteration() -> None:
+    from megatron.core.rerun_state_machine import RerunMode, RerunStateMachine
+
+    from archscale_megatron import megatron_patches
+
+    def first_iteration(fatal: bool = True) -> RerunStateMachine:
+        machine = RerunStateMachine(mode=RerunMode.VALIDATE_RESULTS)
+        assert machine.should_run_forward_backward(None)
+        machine.validate_result(torch.tensor(1.0), torch.isnan, "NaN", fatal=fatal)
+        machine.validate_result(torch.tensor(torch.nan), torch.isnan, "NaN", fatal=fatal)
+        return machine
+
+    initialize_distributed()
+    assert not first_iteration().rerun_requested
+    megatron_patches._not_a_number_in_the_first_iteration()
+    with pytest.raises(RuntimeError, match="NaN: nan, in iteration 0, the first of this launch"):
+        first_iteration()
+    machine = first_iteration(fatal=False)
+    assert not machine.should_run_forward_backward(None)
+    assert machine.should_checkpoint_and_exit() == (False, False, 0)
+    assert machine.should_run_forward_backward(None)
+    machine.validate_result(torch.tensor(torch.nan), torch.isnan, "NaN")
+    assert machine.rerun_requested  # from the second on, Megatron's own
+
+
+def check_random_states_of_reruns() -> None:
+    from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+
+    from archscale_megatron import megatron_patches
+
+    tracker = CudaRNGStatesTracker()
+    tracker.add("model-parallel-rng", 1)
+
+    def draw() -> float:
+        with tracker.fork():
+            return torch.rand(()).item()
+
+    def same_after_two_restores() -> bool:
+        states = tracker.get_states()
+        draws = [draw()]
+        for _ in range(2):
+            tracker.set_states(states)
+            draws.append(draw())
+        assert draws[0] == draws[1]
+        return draws[1] == draws[2]
+
+    assert not same_after_two_restores()
+    megatron_patches._random_states_of_reruns()
+    assert same_after_two_restores()
+
+
 def check_muon_by_parameter_class() -> None:
     """A_log is not Muon's, and in the layer-wise optimizer not among the parameters that stay whole."""
     from megatron.core.optimizer.emerging_optimizers import _EMERGING_OPTIMIZERS
@@ -417,6 +659,105 @@ def check_names_of_optimizers() -> None:
     assert arguments.parse_args(ignore_unknown_args=True).optimizer == "muonh"
 
 
+def check_checkpoints_with_digests() -> None:
+    from archscale_megatron import megatron_patches
+    from archscale_megatron.checkpoint import manifest
+
+    with tempfile.TemporaryDirectory() as folder:
+        save_weight(torch.arange(8.0), folder)
+        assert not manifest.own_digests(Path(folder), 0)
+    megatron_patches._checkpoints_with_digests()
+    with tempfile.TemporaryDirectory() as folder:
+        save_weight(torch.arange(8.0), folder)
+        path = Path(folder, "__0_0.distcp")
+        assert manifest.own_digests(path.parent, 0)[path.name]["digest"] == manifest.digest(path)
+
+
+def check_load_newest_whole_checkpoint() -> None:
+    """A tracker that cannot be read ends Megatron with exit code 0; `--ckpt-step` goes without it."""
+    from megatron.training import checkpointing, global_vars
+
+    from archscale_megatron import megatron_patches
+
+    global_vars.set_args(Namespace(ckpt_step=4))
+    with tempfile.TemporaryDirectory() as folder:
+        tracker = Path(folder, "latest_checkpointed_iteration.txt")
+        tracker.write_text("")
+        with pytest.raises(SystemExit) as stop:
+            checkpointing.read_metadata(str(tracker))
+        assert not stop.value.code
+        megatron_patches._load_newest_whole_checkpoint()
+        assert checkpointing.read_metadata(str(tracker)) == (4, False)
+        global_vars.get_args().ckpt_step = None
+        tracker.write_text("release")
+        assert checkpointing.read_metadata(str(tracker)) == (0, True)
+
+
+def check_saves_end_on_all_ranks() -> None:
+    """An error of the small file that rank 0 writes last ends training; the files of an older attempt stay."""
+    from megatron.core.dist_checkpointing import core
+    from megatron.training import checkpointing
+
+    from archscale_megatron import megatron_patches
+    from archscale_megatron.checkpoint import saving
+
+    initialize_distributed()
+
+    def save(folder: str) -> None:
+        checkpointing.dist_checkpointing.save(sharded_weight(torch.arange(8.0)), folder, async_strategy="mcore")
+
+    failing = mock.patch.object(core, "maybe_msc", mock.Mock(wraps=core.maybe_msc, open=mock.Mock(side_effect=OSError)))
+    with tempfile.TemporaryDirectory() as folder, failing, pytest.raises(OSError):
+        save(folder)
+    megatron_patches._saves_end_on_all_ranks()
+    args = Namespace(save="", load="", keep_last=None, save_retain_interval=None, finetune=False)
+    for context, failed in ((failing, True), (mock.patch("os.getpid", os.getpid), False)):
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            context,
+            mock.patch.object(saving.run_description, "describe", return_value={}),
+        ):
+            args.save = folder
+            Path(folder, "architecture.json").touch()
+            Path(folder, "iter_0000002").mkdir()
+            Path(folder, "iter_0000002", "__7_0.distcp").touch()
+            saving.save(args, 2, None, lambda folder=folder: save(f"{folder}/iter_0000002"))
+            assert saving._last_failed is failed
+            assert Path(folder, "iter_0000002", "manifest.json").exists() is not failed
+            assert not Path(folder, "iter_0000002", "__7_0.distcp").exists()
+
+
+def check_no_code_in_checkpoints() -> None:
+    """A checkpoint whose objects or whose names run code when they are read: with the patch they do not."""
+    from megatron.core import dist_checkpointing
+    from torch.distributed.checkpoint import CheckpointException
+
+    from archscale_megatron import megatron_patches
+    from archscale_megatron.checkpoint import CheckpointError
+    from tests.checkpoint.evil import write_evil
+
+    initialize_distributed()
+    with tempfile.TemporaryDirectory() as folder:
+        ran = Path(folder, "ran")
+        places = [write_evil(Path(folder, place), place, ran) for place in (".metadata", "common_state")]
+        for place in places:
+            with contextlib.suppress(Exception, CheckpointException):
+                dist_checkpointing.load_common_state_dict(str(place))
+            assert ran.exists()
+            ran.rmdir()
+        megatron_patches._no_code_in_checkpoints()
+        for place in places:
+            with pytest.raises(CheckpointError, match="posix.mkdir, which may run code"):
+                dist_checkpointing.load_common_state_dict(str(place))
+            assert not ran.exists()
+
+
+def sharded_weight(weight: torch.Tensor) -> dict[str, object]:
+    from megatron.core.dist_checkpointing import ShardedTensor
+
+    return {"weight": ShardedTensor.from_rank_offsets("weight", weight)}
+
+
 def initialize_distributed() -> None:
     from megatron.core import parallel_state, tensor_parallel
 
@@ -430,8 +771,9 @@ def save_weight(weight: torch.Tensor, folder: str, asynchronous: bool = False) -
     from megatron.core import dist_checkpointing
 
     initialize_distributed()
-    sharded = {"weight": dist_checkpointing.ShardedTensor.from_rank_offsets("weight", weight)}
-    return dist_checkpointing.save(sharded, folder, async_sharded_save=asynchronous, async_strategy="mcore")
+    return dist_checkpointing.save(
+        sharded_weight(weight), folder, async_sharded_save=asynchronous, async_strategy="mcore"
+    )
 
 
 def load_weight(folder: str) -> torch.Tensor:

@@ -54,7 +54,7 @@ def names(required: list[Requirement]) -> set[str]:
 
 def test_pins_lie_in_the_ranges() -> None:
     pinned = pins()
-    for requirement in runtime() + extra("dev") + extra("hf"):
+    for requirement in runtime() + extra("dev") + extra("eval"):
         name = canonicalize_name(requirement.name)
         assert requirement.specifier.contains(pinned[name], prereleases=True), requirement
     assert (pinned["megatron-core"], pinned["torch"], pinned["emerging-optimizers"]) == ("0.19.2", "2.13.0", "0.3.0")
@@ -77,7 +77,7 @@ def test_every_dependency_is_pinned_and_nothing_else() -> None:
     """The closure of what setup.cfg asks for, over the metadata of what is installed."""
     from importlib.metadata import requires
 
-    todo = [(r, r.extras) for r in runtime() + extra("dev") + extra("hf")]
+    todo = [(r, r.extras) for r in runtime() + extra("dev") + extra("eval")]
     seen: set[tuple[str, str]] = set()
     closure = set()
     while todo:
@@ -93,6 +93,17 @@ def test_every_dependency_is_pinned_and_nothing_else() -> None:
                 if child.marker is None or child.marker.evaluate({"extra": wanted}):
                     todo.append((child, child.extras))
     assert closure == set(pins())
+
+
+def test_import_of_torch_tells_lm_eval_alone() -> None:
+    """`torch.backends` is called by every program that imports torch: it must not import anything for it."""
+    declared = setup_cfg()["options.entry_points"]["torch.backends"].split("=", 1)[1].strip()
+    assert declared == "archscale_lm_eval:register"
+    program = (
+        "import sys, archscale_lm_eval as plugin; plugin.register(); "
+        "sys.exit(any(name in sys.modules for name in ('torch', 'lm_eval', 'megatron', 'transformers', 'numpy')))"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
 
 
 def test_the_other_apex_is_never_a_dependency() -> None:
@@ -115,12 +126,17 @@ def _imports(path: Path, *, top_level_only: bool) -> set[str]:
 
 
 def _sources() -> list[Path]:
-    return [ROOT / "pretrain_archscale.py", *ROOT.glob("archscale_megatron/**/*.py"), *ROOT.glob("tools/**/*.py")]
+    return [
+        ROOT / "pretrain_archscale.py",
+        ROOT / "archscale_lm_eval.py",
+        *ROOT.glob("archscale_megatron/**/*.py"),
+        *ROOT.glob("tools/**/*.py"),
+    ]
 
 
 def test_imports_are_declared() -> None:
     distributions = {"megatron": "megatron-core", "fla": "flash-linear-attention", "yaml": "PyYAML"}
-    declared = names(runtime() + extra("gpu") + extra("hf") + extra("eval")) | {"triton"}  # PyTorch brings Triton
+    declared = names(runtime() + extra("gpu") + extra("eval") + extra("vllm")) | {"triton"}  # PyTorch brings Triton
     own = {"archscale_megatron", "tools"} | {p.stem for p in ROOT.glob("tools/*.py")}
     for path in _sources():
         for module in _imports(path, top_level_only=False) - own - set(sys.stdlib_module_names):

@@ -1,8 +1,8 @@
 """From text to a trained SambaY on this machine, without a download: what `make demo` runs.
 
 The corpus is Python's own standard library. A small SambaY trains on 4 processes (tensor parallel 2 x pipeline
-parallel 2, with sequence parallelism), stops, goes on as 2 data-parallel processes from the same checkpoint, and
-writes some Python. Exits with 1 if the model has not learnt.
+parallel 2, with sequence parallelism), stops, goes on as 2 data-parallel processes from the same checkpoint,
+writes some Python, and is exported to Hugging Face. Exits with 1 if the model has not learnt.
 """
 
 import argparse
@@ -31,6 +31,19 @@ STOP, END = 132, 220  # the iteration at which the layout changes, and the last 
 PROMPT = "def read_file(path):\n"
 LEARNT = 0.8  # the loss must end below this share of the unigram entropy
 CONTINUES = 0.1  # how far, relatively, the losses just before and after the resume may lie apart
+# As anybody would who has only the exported folder: the model's code lies beside its weights.
+PLAIN_TRANSFORMERS = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, prompt = sys.argv[1:]
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+torch.manual_seed(0)
+ids = model.generate(
+    **tokenizer(prompt, return_tensors="pt"), max_new_tokens=100, do_sample=True, temperature=0.7, top_p=0.9
+)
+print(tokenizer.decode(ids[0], skip_special_tokens=True))
+"""
 SKIPPED = {"site-packages", "test", "tests", "idle_test", "lib2to3"}
 
 MODEL = "--train-model sambay --depth 8 --aspect-ratio 16 --head-dim 16 --local-window 64 --seq-length 256"
@@ -230,7 +243,7 @@ def prepare(output: Path, steps: Steps) -> float:
 
 def demo(output: Path) -> None:
     """All steps; raises DemoError."""
-    steps = Steps(7)
+    steps = Steps(8)
     fresh_directory(output)
 
     entropy = prepare(output, steps)
@@ -253,6 +266,11 @@ def demo(output: Path) -> None:
     generate = [sys.executable, "-m", "archscale_megatron.generate", "--load", str(output / "checkpoints")]
     run_plain([*generate, *sampling])
 
+    steps.next("Export to Hugging Face, and a sample from plain transformers")
+    hf = [sys.executable, "-m", "archscale_megatron.hf", "export", "--load", str(output / "checkpoints")]
+    run_plain([*hf, "--output", str(output / "huggingface")])
+    run_plain([sys.executable, "-c", PLAIN_TRANSFORMERS, str(output / "huggingface"), PROMPT])
+
     loss = mean(after.losses[-10:])
     say(f"\n{steps.table()}")
     validation = after.validation[END]
@@ -265,7 +283,7 @@ def demo(output: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "demo", help="where all files go (runs/demo)")
-    parser.add_argument("--data-only", action="store_true", help="stop when the text is a dataset (3 of the 7 steps)")
+    parser.add_argument("--data-only", action="store_true", help="stop when the text is a dataset (3 of the 8 steps)")
     args = parser.parse_args()
     output = args.output.resolve()
     try:

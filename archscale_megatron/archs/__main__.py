@@ -40,6 +40,8 @@ def _parser() -> Parser:
         command.add_argument("--depth", type=int, required=True, help="layers, each a mixer and an MLP")
         command.add_argument("--seq-length", type=int, default=4096, help="tokens of a training sequence (4096)")
         command.add_argument("--vocab-size", type=int, help="rows of the embedding (the family's)")
+        command.add_argument("--hidden-size", type=int, help="width of the residual stream (the aspect ratio's)")
+        command.add_argument("--ffn-hidden-size", type=int, help="width of the MLPs (four times the hidden size)")
         command.add_argument("--rotary-base", type=int, help="RoPE's base (10000)")
         command.add_argument("--untie-embeddings-and-output-weights", action="store_true")
         add_overrides(command)
@@ -54,6 +56,8 @@ def _architecture(args: argparse.Namespace) -> Architecture:
         args.depth,
         context_length=args.seq_length,
         vocab_size=args.vocab_size,
+        hidden_size=args.hidden_size,
+        ffn_hidden_size=args.ffn_hidden_size,
         rotary_base=args.rotary_base,
         tied_embeddings=not args.untie_embeddings_and_output_weights,
         **overrides(args),

@@ -19,6 +19,9 @@ def build_architecture(
     depth: int,
     *,
     aspect_ratio: int | None = None,
+    hidden_size: int | None = None,
+    ffn_hidden_size: int | None = None,
+    norm_epsilon: float | None = None,
     head_dim: int | None = None,
     num_heads: int | None = None,
     num_kv_heads: int | None = None,
@@ -48,6 +51,8 @@ def build_architecture(
     numbers = {
         "depth": depth,
         "aspect-ratio": aspect_ratio,
+        "hidden-size": hidden_size,
+        "ffn-hidden-size": ffn_hidden_size,
         "head-dim": head_dim,
         "num-heads": num_heads,
         "num-kv-heads": num_kv_heads,
@@ -59,6 +64,10 @@ def build_architecture(
     for name, value in numbers.items():
         if value is not None and value < 1:
             raise ValueError(f"--{name} {value}: must be a positive integer")
+    if norm_epsilon is not None and not 0 < norm_epsilon < 1:
+        raise ValueError(f"--norm-epsilon {norm_epsilon}: must be above 0 and below 1")
+    if hidden_size and aspect_ratio and hidden_size != aspect_ratio * depth:
+        raise ValueError(f"--hidden-size {hidden_size} contradicts --aspect-ratio {aspect_ratio}; leave one out")
     if rotary_base is not None and not chosen.rope:
         raise ValueError(f"--rotary-base {rotary_base}: {family} has no position embeddings; leave it out")
     if MOE not in chosen.pattern and (given := [name for name in EXPERT_OPTIONS if options.get(name) is not None]):
@@ -74,7 +83,7 @@ def build_architecture(
             "out, or use transformersa"
         )
 
-    hidden_size = (aspect_ratio or chosen.aspect_ratio) * depth
+    hidden_size = hidden_size or (aspect_ratio or chosen.aspect_ratio) * depth
     heads, kv_heads = _heads(chosen, depth, num_heads, num_kv_heads)
     head_dim = head_dim or chosen.head_dim or hidden_size // heads
     if chosen.rope and head_dim % 2:
@@ -85,7 +94,7 @@ def build_architecture(
             depth=depth,
             pattern=chosen.pattern,
             hidden_size=hidden_size,
-            ffn_hidden_size=4 * hidden_size,
+            ffn_hidden_size=ffn_hidden_size or 4 * hidden_size,
             num_attention_heads=heads,
             num_query_groups=kv_heads,
             head_dim=head_dim,
@@ -94,6 +103,7 @@ def build_architecture(
             rotary_base=(rotary_base or 10000) if chosen.rope else None,
             vocab_size=vocab_size or chosen.vocab_size,
             tied_embeddings=tied_embeddings,
+            norm_epsilon=norm_epsilon or Architecture.norm_epsilon,
             **{field.name: getattr(chosen, field.name) for field in dataclasses.fields(Options)},
         )
     except ValueError as error:

@@ -24,6 +24,7 @@ from archscale_megatron.archs.architecture import (
 )
 from archscale_megatron.archs.counts import non_embedding_parameters, parameters
 from archscale_megatron.archs.show import name_of, window_of
+from archscale_megatron.pictures import save
 
 COLOURS = {
     MAMBA1: "#a6cee8", MAMBA2: "#7fb3dc", GATED_DELTA_NET: "#8fd0cf",
@@ -44,14 +45,7 @@ def plot(arch: Architecture, path: Path) -> None:
     Raises:
         ValueError: a suffix that matplotlib cannot write, or a directory that is not there.
     """
-    figure = draw(arch)
-    suffix, kinds = path.suffix.removeprefix("."), figure.canvas.get_supported_filetypes()
-    if suffix.lower() not in kinds:
-        problem = f"cannot write .{suffix}" if suffix else "needs a suffix"
-        raise ValueError(f"-o {path}: {problem}; use one of {', '.join(kinds)}")
-    if not path.parent.is_dir():
-        raise ValueError(f"-o {path}: there is no directory {path.parent}; make it first")
-    figure.savefig(path)
+    save(draw(arch), path)
 
 
 def draw(arch: Architecture) -> Figure:

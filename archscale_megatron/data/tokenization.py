@@ -134,7 +134,7 @@ def flatten(documents: Sequence[Ids]) -> tuple[Ids, Ids]:
     return (np.concatenate(documents) if documents else np.empty(0, np.int32)), lengths
 
 
-_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _HARMLESS = (
     "tokenizer_class",
     "model_max_length",
@@ -165,10 +165,10 @@ def _load_plain(model: str) -> tuple[Any, str | None] | None:
         return None
     tokens = tokenizer.get_added_tokens_decoder()
     by_content = {token.content: token for token in tokens.values()}
-    named = {name: config.get(name) for name in _NAMED}
+    named = {name: config.get(name) for name in NAMED}
     plain = (
         config.get("tokenizer_class") == "PreTrainedTokenizerFast"
-        and set(config) <= {*_NAMED, *_HARMLESS, "added_tokens_decoder", "extra_special_tokens"}
+        and set(config) <= {*NAMED, *_HARMLESS, "added_tokens_decoder", "extra_special_tokens"}
         and all(_is_token(spec, by_content) for spec in named.values() if spec is not None)
         and all(
             _is_token(spec, by_content) and tokens[int(key)].content == spec["content"]
@@ -185,7 +185,7 @@ def _load_plain(model: str) -> tuple[Any, str | None] | None:
     )
     if not plain:
         return None
-    promoted, eos = _megatron_roles({name: spec if spec is None else _content(spec) for name, spec in named.items()})
+    promoted, eos = megatron_roles({name: spec if spec is None else _content(spec) for name, spec in named.items()})
     tokenizer.add_special_tokens(list(promoted.values()))
     return tokenizer, eos
 
@@ -213,12 +213,12 @@ def _load_with_transformers(model: str) -> tuple[Any, str | None]:
         raise TokenizerError(f"--tokenizer-model {model}: not a Hugging Face tokenizer ({reason})") from error
     if not tokenizer.is_fast:
         raise TokenizerError(f"--tokenizer-model {model}: has no tokenizer.json; save it as a fast tokenizer first")
-    promoted, eos = _megatron_roles({name: tokenizer.special_tokens_map.get(name) for name in _NAMED})
+    promoted, eos = megatron_roles({name: tokenizer.special_tokens_map.get(name) for name in NAMED})
     tokenizer.add_special_tokens(promoted)
     return tokenizer.backend_tokenizer, eos
 
 
-def _megatron_roles(named: dict[str, str | None]) -> tuple[dict[str, str], str | None]:
+def megatron_roles(named: dict[str, str | None]) -> tuple[dict[str, str], str | None]:
     """Roles that Megatron's wrapper gives away (eos and sep, bos and cls for each other), and the end token.
 
     A token given a role becomes a special token: found in text, it is one id.

@@ -11,9 +11,9 @@ from typing import Any
 
 from archscale_megatron.mup.coordinate_check import Setting, Slope, slopes
 from archscale_megatron.mup.rules import Parametrization
+from archscale_megatron.pictures import check_path
 
 PARAMETRIZATIONS = ("sp", "mup", "mup++")  # with AdamW; HyperP is for another optimizer
-PICTURES = (".png", ".svg", ".pdf")
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
@@ -35,7 +35,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--seeds", type=int, default=4, help="initial values over which sizes are averaged (4)")
     command.add_argument("--lr", type=float, default=2e-3, help="learning rate of the smallest model (0.002)")
     command.add_argument("--tied-embeddings", action="store_true", help="the output layer is the embedding")
-    command.add_argument("-o", "--output", type=Path, help="a .png, .svg or .pdf file for the picture")
+    command.add_argument("-o", "--output", type=Path, help="file for the picture, such as one with .png or .svg")
     command.add_argument("--json", action="store_true", help="all sizes and slopes, for programs")
 
 
@@ -85,16 +85,9 @@ def _check(args: argparse.Namespace) -> None:
     if args.seeds < 1:
         raise ValueError(f"--seeds {args.seeds}: must be a positive integer")
     if args.output:
-        _check_path(args.output)
+        check_path(args.output)
     if not (math.isfinite(args.lr) and args.lr > 0):
         raise ValueError(f"--lr {args.lr}: must be a positive number")
-
-
-def _check_path(path: Path) -> None:
-    if path.suffix not in PICTURES:
-        raise ValueError(f"-o {path}: use a name that ends with one of {', '.join(PICTURES)}")
-    if not path.parent.is_dir():
-        raise ValueError(f"-o {path}: there is no directory {path.parent}; make it first")
 
 
 def table(setting: Setting, slopes: list[Slope]) -> str:

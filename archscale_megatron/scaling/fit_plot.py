@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 
+from archscale_megatron.pictures import save
 from archscale_megatron.scaling.laws import Law
 
 if TYPE_CHECKING:
@@ -26,14 +27,7 @@ def plot(law: Law, fitted: list[Series], path: Path) -> None:
     Raises:
         ValueError: a suffix that matplotlib cannot write, or a directory that is not there.
     """
-    figure = draw(law, fitted)
-    suffix, kinds = path.suffix.removeprefix("."), figure.canvas.get_supported_filetypes()
-    if suffix.lower() not in kinds:
-        problem = f"cannot write .{suffix}" if suffix else "needs a suffix"
-        raise ValueError(f"-o {path}: {problem}; use one of {', '.join(kinds)}")
-    if not path.parent.is_dir():
-        raise ValueError(f"-o {path}: there is no directory {path.parent}; make it first")
-    figure.savefig(path, dpi=150)
+    save(draw(law, fitted), path, dpi=150)
 
 
 def draw(law: Law, fitted: list[Series]) -> Figure:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from archscale_megatron.pictures import save
 from archscale_megatron.scaling.grid import LEARNING_RATES
 from archscale_megatron.scaling.results import COLUMNS, DONE, NAN
 
@@ -189,11 +190,6 @@ def draw(panels: Sequence[Panel], path: Path, column: str = "loss") -> None:
     from matplotlib.ticker import LogLocator, NullLocator
 
     figure = Figure(figsize=(1 + 4.6 * len(panels), 4.6), dpi=150, layout="constrained")
-    kinds = figure.canvas.get_supported_filetypes()
-    if path.suffix.removeprefix(".").lower() not in kinds:
-        raise ValueError(f"-o {path}: no suffix of a picture; use one of {', '.join(kinds)}")
-    if not path.parent.is_dir():
-        raise ValueError(f"-o {path}: there is no directory {path.parent}; make it first")
     depths = sorted({curve.depth for panel in panels for curve in panel.curves})
     colours = dict(
         zip(depths, colormaps["viridis"]([i / max(len(depths), 2) for i in range(len(depths))]), strict=True)
@@ -232,4 +228,4 @@ def draw(panels: Sequence[Panel], path: Path, column: str = "loss") -> None:
     first.plot([], [], "*", color="0.4", ms=11, ls="none", label="minimum (parabola)")
     first.plot([], [], "*", color="0.4", mfc="none", ms=11, ls="none", label="lowest point, at an edge")
     figure.legend(*first.get_legend_handles_labels(), frameon=False, loc="outside right center")
-    figure.savefig(path)
+    save(figure, path)

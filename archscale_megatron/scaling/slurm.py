@@ -17,7 +17,7 @@ from archscale_megatron.scaling.runner import Settings
 SCRIPT = """#!/usr/bin/env bash
 # Written by `scaling sweep --slurm`. Options of sbatch win: sbatch --partition=gpu --time=2:00:00 {name}
 #SBATCH --job-name=sweep
-#SBATCH --array=0-{last}%{jobs}
+#SBATCH --array=0-{last}{at_a_time}
 #SBATCH --nodes=1
 #SBATCH --ntasks=1
 #SBATCH --gpus-per-node={processes}
@@ -28,7 +28,9 @@ exec srun {command} --point "$SLURM_ARRAY_TASK_ID"
 """
 
 
-def write_job(settings: Settings, points: Sequence[Point], facts: Sequence[dict[str, Any]]) -> Path:
+def write_job(
+    settings: Settings, points: Sequence[Point], facts: Sequence[dict[str, Any]], at_a_time: int | None
+) -> Path:
     """Write the points that are not finished, and the script for them; returns the script.
 
     Both have a name of their own for each set of points, so that tasks in the queue keep the points they had.
@@ -50,7 +52,7 @@ def write_job(settings: Settings, points: Sequence[Point], facts: Sequence[dict[
         SCRIPT.format(
             name=script.name,
             last=len(points) - 1,
-            jobs=settings.jobs,
+            at_a_time=f"%{at_a_time}" if at_a_time else "",
             processes=settings.processes,
             logs=settings.output / "slurm",
             here=shlex.quote(str(Path.cwd())),

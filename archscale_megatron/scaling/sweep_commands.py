@@ -39,7 +39,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     sweep.add_argument("--point", type=int, metavar="INDEX", help="run one point of --points")
     sweep.add_argument("--list", action="store_true", help="print the points and their commands, and run nothing")
     sweep.add_argument("--slurm", action="store_true", help="write a SLURM array job, and run nothing")
-    sweep.add_argument("--jobs", type=int, default=1, metavar="N", help="points at a time (1)")
+    sweep.add_argument("--jobs", type=int, metavar="N", help="points at a time (1; of a SLURM array, all)")
     sweep.add_argument("--processes-per-point", type=int, default=1, metavar="N", help="above 1 by torchrun (1)")
     sweep.add_argument("--timeout", type=float, metavar="SECONDS", help="kill a point that takes longer")
     sweep.add_argument(
@@ -79,7 +79,7 @@ def _sweep(args: argparse.Namespace) -> None:
     if args.list:
         return _list(settings, points)
     if args.slurm:
-        return _slurm(settings, points, facts)
+        return _slurm(settings, points, facts, args.jobs)
     settings.output.mkdir(parents=True, exist_ok=True)
     try:
         counts = run_points(settings, points, facts)
@@ -91,23 +91,24 @@ def _sweep(args: argparse.Namespace) -> None:
 
 def _settings(args: argparse.Namespace) -> Settings:
     for name in ("jobs", "processes_per_point", "last"):
-        if getattr(args, name) < 1:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")
     if args.timeout is not None and not args.timeout > 0:
         raise ValueError(f"--timeout {args.timeout:g}: must be more than 0 seconds")
     if not args.script.is_file():
         raise ValueError(f"--script {args.script}: no such file; give the path of {PROGRAM}")
     runs_here = not (args.list or args.slurm)
+    jobs = args.jobs or 1
     return Settings(
         output=args.output.resolve(),
         script=args.script.resolve(),
         processes=args.processes_per_point,
-        jobs=args.jobs,
+        jobs=jobs,
         timeout=args.timeout,
         retry=args.retry,
         save_checkpoints=args.save_checkpoints,
         last=args.last,
-        devices=_devices(args.jobs, args.processes_per_point) if runs_here and args.jobs > 1 else (),
+        devices=_devices(jobs, args.processes_per_point) if runs_here and jobs > 1 else (),
     )
 
 
@@ -136,14 +137,15 @@ def _list(settings: Settings, points: Sequence[Point]) -> None:
         print(f"    {shlex.join(settings.command(point))}")
 
 
-def _slurm(settings: Settings, points: Sequence[Point], facts: Sequence[dict[str, Any]]) -> None:
+def _slurm(settings: Settings, points: Sequence[Point], facts: Sequence[dict[str, Any]], at_a_time: int | None) -> None:
     from archscale_megatron.scaling.slurm import write_job
 
     todo = [(p, f) for p, f in zip(points, facts, strict=True) if settings.wants(read_result(settings.output / p.name))]
     if not todo:
         print("all points are finished")
         return
-    script = write_job(settings, *zip(*todo, strict=True))
+    points, facts = zip(*todo, strict=True)
+    script = write_job(settings, points, facts, at_a_time)
     print(f"{len(todo)} points: sbatch {shlex.quote(str(script))}")
 
 

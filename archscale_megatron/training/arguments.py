@@ -21,6 +21,7 @@ from archscale_megatron.archs.options import add_overrides, overrides
 from archscale_megatron.layers.backend import backend_for
 from archscale_megatron.mup.rules import Parametrization
 from archscale_megatron.optimizers.arguments import set_optimizer
+from archscale_megatron.training import eval_tasks, spikes
 from archscale_megatron.training.experts import set_experts
 from archscale_megatron.training.hyperparameters import set_hyperparameters
 from archscale_megatron.training.layout import check_layout, layer_pattern
@@ -56,11 +57,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help=f"the loss from all logits, or from blocks of the vocabulary; auto: that above {CHUNKED_ABOVE:,} entries",
     )
     group.add_argument("--label-smoothing", type=float, default=0.0, help="in training and validation loss (0)")
+    spikes.add_options(group)
+    eval_tasks.add_options(group)
     group.add_argument(
         "--global-aux", action="store_true", help="balance the experts' load over all data-parallel ranks"
     )
     group.add_argument("--reset-at-eod", action="store_true", help="no layer looks beyond an end-of-document token")
     group.add_argument("--train-name", help="an ArchScale run name, such as scaling_tie_varlen: its words are options")
+    group.add_argument(
+        "--keep-last",
+        type=int,
+        metavar="N",
+        help="delete all checkpoints but the last N, and each --save-retain-interval iterations one (keep all)",
+    )
     add_hyperparameters(group)
     add_underscored(group)
     parser.set_defaults(parametrization=Parametrization())
@@ -75,20 +84,29 @@ def parse_arguments() -> argparse.Namespace:
     from megatron.training.arguments import validate_args
     from megatron.training.global_vars import set_global_variables
 
+    from archscale_megatron.checkpoint.resume import check_load, split_load
+    from archscale_megatron.checkpoint.run_directory import check_run_directories, check_writable, write_architecture
+    from archscale_megatron.checkpoint.safe_pickle import check_loadable
     from archscale_megatron.data.datasets import check_data
-    from archscale_megatron.training.run_directory import check_run_directories, write_architecture
 
     args, explicit = parse_command_line()
     with exit_on_error("pretrain_archscale", args):
         apply_arguments(args, explicit)
         check_schedule(args)
+        check_retention(args)
         check_data(args)
         apply_resume(args)
+        split_load(args)
         check_run_directories(args)
+        check_load(args)
+        if args.save and args.rank == 0:
+            check_writable(args.save)
         validate_args(args)
         set_global_variables(args)
         check_tokenizer(args)
+        eval_tasks.load(args)
         if args.save and args.rank == 0:
+            check_loadable(args, "these arguments")
             write_architecture(args.save, args.architecture)
     return args
 
@@ -156,6 +174,8 @@ def apply_arguments(args: argparse.Namespace, explicit: dict[str, str]) -> None:
     set_hyperparameters(args, arch, explicit)
     arch = args.architecture = args.parametrization.apply(arch)
     _choose_loss(args, arch, explicit)
+    spikes.check_options(args.spike_window, args.spike_threshold)
+    eval_tasks.check_options(args)
     for name, value in defaults().items():
         if name not in explicit:
             setattr(args, name, value)
@@ -217,6 +237,14 @@ def _require(args: argparse.Namespace, *names: str) -> None:
             raise ValueError(f"--{name.replace('_', '-')} is required")
 
 
+def check_retention(args: argparse.Namespace) -> None:
+    """Raises ValueError if `--keep-last` keeps nothing, or has nothing to keep."""
+    if args.keep_last is not None and args.keep_last < 1:
+        raise ValueError(f"--keep-last {args.keep_last}: must be 1 or more")
+    if args.keep_last is not None and not args.save:
+        raise ValueError(f"--keep-last {args.keep_last}: nothing is saved; give --save")
+
+
 def check_schedule(args: argparse.Namespace) -> None:
     """Raises ValueError if the learning rate or the length of the run is missing, or they contradict."""
     if args.lr is None:
@@ -238,12 +266,9 @@ def _set_dimensions(args: argparse.Namespace, arch: Architecture) -> None:
         setattr(args, name, value)
     args.fp32_residual_connection = args.bf16 or args.fp16  # without either, all is fp32
     args.num_layers = len(arch.pattern)
-    args.hidden_size = arch.hidden_size
-    args.ffn_hidden_size = arch.ffn_hidden_size
     args.num_attention_heads = arch.num_attention_heads
     args.num_query_groups = arch.num_query_groups
     args.kv_channels = arch.head_dim
-    args.norm_epsilon = args.layernorm_epsilon = arch.norm_epsilon
     for name, field in MEGATRON_OPTIONS.items():
         setattr(args, name, getattr(arch, field))
     args.position_embedding_type = "none" if arch.rotary_base is None else "rope"

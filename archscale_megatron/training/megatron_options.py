@@ -33,6 +33,9 @@ FIXED: dict[str, Any] = {
     "context_parallel_size": 1, "hybrid_context_parallel": False, "tp_comm_overlap": False,
     "fine_grained_activation_offloading": False, "cuda_graph_impl": "none", "delay_wgrad_compute": False,
     "rampup_batch_size": None,  # Megatron ignores it
+    # checkpoints
+    "ckpt_format": "torch_dist", "auto_detect_ckpt_format": False, "async_strategy": "mcore",
+    "non_persistent_save_interval": None, "non_persistent_ckpt_type": None,
     # data
     "reset_position_ids": False, "reset_attention_mask": False, "dataloader_inter_document_masking": False,
     "sft": False,
@@ -42,9 +45,16 @@ RECOMPUTE_MODULES = ["core_attn"]
 # What does here what an option of those does in Megatron.
 INSTEAD = dict.fromkeys(
     ("reset_position_ids", "reset_attention_mask", "dataloader_inter_document_masking"), "--reset-at-eod"
-) | {"rampup_batch_size": "--step-batch-size-schedule"}
-# Megatron's flags that change what a family has: attribute -> field of `Options`.
-MEGATRON_OPTIONS = {"normalization": "normalization", "qk_layernorm": "qk_norm", "add_qkv_bias": "qkv_bias"}
+) | {
+    "rampup_batch_size": "--step-batch-size-schedule",
+    "non_persistent_save_interval": "--keep-last and --save-retain-interval",
+    "non_persistent_ckpt_type": "--keep-last and --save-retain-interval",
+}
+# Megatron's flags that change what a family has: attribute -> argument of `build_architecture`.
+MEGATRON_OPTIONS = {
+    "normalization": "normalization", "qk_layernorm": "qk_norm", "add_qkv_bias": "qkv_bias",
+    "hidden_size": "hidden_size", "ffn_hidden_size": "ffn_hidden_size", "layernorm_epsilon": "norm_epsilon",
+}  # fmt: skip
 
 
 def refuse_contradictions(args: argparse.Namespace, arch: Architecture, explicit: dict[str, str]) -> None:
@@ -56,12 +66,9 @@ def refuse_contradictions(args: argparse.Namespace, arch: Architecture, explicit
     family = f"--train-model {arch.family} --depth {arch.depth}"
     dimensions: dict[str, tuple[Any, str | None]] = {
         "num_layers": (arch.depth, "--depth"),
-        "hidden_size": (arch.hidden_size, "--aspect-ratio"),
-        "ffn_hidden_size": (arch.ffn_hidden_size, "--aspect-ratio"),
         "num_attention_heads": (arch.num_attention_heads, "--num-heads"),
         "num_query_groups": (arch.num_query_groups, "--num-kv-heads"),
         "kv_channels": (arch.head_dim, "--head-dim"),
-        "norm_epsilon": (arch.norm_epsilon, None),
         **{name: (value, "--sparsity and --top-k") for name, value in expert_dimensions(arch).items()},
     }
     for name, (value, ours) in (dimensions | {k: (v, INSTEAD.get(k)) for k, v in FIXED.items()}).items():
@@ -87,6 +94,7 @@ def defaults() -> dict[str, Any]:
         "hidden_dropout": 0.0,
         "make_vocab_size_divisible_by": VOCABULARY_MULTIPLE,
         "dist_ckpt_optim_fully_reshardable": True,  # a checkpoint loads at any layout
+        "use_persistent_ckpt_worker": True,  # without it, Megatron drops --async-save
         "exit_signal_handler": True,  # SIGTERM saves and exits
         "save_interval": 1000,
         "eval_interval": 1000,

@@ -8,10 +8,9 @@ import math
 from pathlib import Path
 from typing import Any
 
+from archscale_megatron.checkpoint.resume import candidates, is_checkpoint
 from archscale_megatron.mup.rules import NAMES, RELEASES
 from archscale_megatron.mup.transfer import BASES, BaseHyperparameters, option
-
-CHECKPOINTS = "latest_checkpointed_iteration.txt"  # Megatron's, in a directory that has some
 
 # ArchScale's name of an option that has another here.
 ALIASES = {
@@ -97,7 +96,8 @@ def apply_resume(args: argparse.Namespace) -> None:
     directory = args.save if args.resume == "auto" else args.resume
     if args.load not in (None, directory):
         raise ValueError(f"--resume {args.resume} and --load {args.load} say the same; give one of them")
-    if (Path(directory) / CHECKPOINTS).is_file():
+    path = Path(directory)
+    if is_checkpoint(path) or (path.is_dir() and candidates(path)):
         args.load = directory
     elif args.resume != "auto":
         raise ValueError(f"--resume {directory}: there is no checkpoint; give another directory, or auto")

@@ -122,7 +122,9 @@ def loss_function(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, di
     loss_mask = loss_mask.view(-1).float()
     loss = torch.sum(losses.view(-1).float() * loss_mask)
     tokens = loss_mask.sum().to(torch.int)
-    validate = partial(get_rerun_state_machine().validate_result, result=loss, tolerance=0.0)
+    # A copy: it is compared with a rerun's, and until then the schedule scales the loss in place, and frees it.
+    result = loss.detach().clone()
+    validate = partial(get_rerun_state_machine().validate_result, result=result, tolerance=0.0)
     if args.check_for_nan_in_loss_and_grad:
         for test, name in ((torch.isnan, "NaN"), (torch.isinf, "infinity")):
             validate(rejection_func=test, message=f"{name} in the loss of a micro-batch", fatal=True)

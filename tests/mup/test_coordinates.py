@@ -152,7 +152,7 @@ def test_heads_of_a_width(family: str, heads: int, kv_heads: int) -> None:
         ("--train-model sambay --steps 1", "--steps 1: give 2 or more"),
         ("--train-model sambay --seeds 0", "--seeds 0: must be a positive integer"),
         ("--train-model sambay --lr nan", "--lr nan: must be a positive number"),
-        ("--train-model sambay -o picture.doc", "-o picture.doc: use a name that ends with one of .png"),
+        ("--train-model sambay -o picture.doc", "-o picture.doc: cannot write .doc"),
         ("--train-model sambay --parametrization hyperp", "invalid choice: 'hyperp'"),
     ],
 )

@@ -9,7 +9,8 @@ import torch
 
 from tests.launch import torchrun
 from tests.training.data import write_dataset
-from tests.training.test_pretrain import FOUR, STEPS, command, go_back, scalars, tensors
+from tests.training.runs import scalars, tensors
+from tests.training.test_pretrain import FOUR, STEPS, command, go_back
 
 DISTRIBUTED = "--use-distributed-optimizer"
 PLAIN = ("--hidden-dropout", "0", "--attention-dropout", "0")

@@ -128,7 +128,7 @@ def test_bad_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (tmp_path / "none.csv", "a.png", "none.csv"),
         (no_column, "a.png", "no column status, family"),
         (empty, "a.png", "no points"),
-        (good, "a.doc", "no suffix of a picture"),
+        (good, "a.doc", "cannot write .doc"),
         (good, "nowhere/a.png", "there is no directory"),
     ]:
         with pytest.raises(SystemExit):

@@ -179,6 +179,8 @@ def test_slurm_tasks(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     (script,) = output.glob("*.slurm")
     assert str(script) in capsys.readouterr().out
     assert "#SBATCH --array=0-2%2\n" in script.read_text()
+    main(run_sweep(tmp_path / "all", "--slurm", rates="1e-3,2e-3,3e-3")[3:])
+    assert "#SBATCH --array=0-2\n" in next((tmp_path / "all").glob("*.slurm")).read_text()
     (tmp_path / "srun").write_text('#!/bin/sh\nexec "$@"\n')
     (tmp_path / "srun").chmod(0o755)
     variables = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}

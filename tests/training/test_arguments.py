@@ -14,10 +14,10 @@ from megatron.training import global_vars
 from megatron.training.arguments import core_transformer_config_from_args, parse_args
 
 from archscale_megatron.archs.build import build_architecture
+from archscale_megatron.checkpoint.run_directory import write_architecture
 from archscale_megatron.model.config import HybridConfig
 from archscale_megatron.training.arguments import PLAIN_LOSS_ONLY, parse_arguments
 from archscale_megatron.training.megatron_options import FIXED
-from archscale_megatron.training.run_directory import write_architecture
 from tests.training.data import write_dataset
 
 Parse = Callable[..., argparse.Namespace]
@@ -66,6 +66,17 @@ OPTIONS = {
     "--attention-output-bias": "attention_output_bias", "--linear-bias": "linear_bias",
     "--qk-layernorm": "qk_norm", "--add-qkv-bias": "qkv_bias",
 }  # fmt: skip
+
+
+def test_widths_of_an_imported_model(parse: Parse) -> None:
+    args = parse(
+        "--train-model", "transformer", "--depth", "2", "--hidden-size", "48", "--ffn-hidden-size", "100",
+        "--num-heads", "6", "--num-kv-heads", "2", "--head-dim", "8", "--norm-epsilon", "1e-6",
+    )  # fmt: skip
+    arch = args.architecture
+    assert (arch.hidden_size, arch.ffn_hidden_size, arch.norm_epsilon) == (48, 100, 1e-6)
+    config = core_transformer_config_from_args(args, HybridConfig)
+    assert (config.hidden_size, config.ffn_hidden_size, config.layernorm_epsilon) == (48, 100, 1e-6)
 
 
 def test_options_of_the_layers(parse: Parse) -> None:
@@ -183,7 +194,9 @@ REFUSED = [
     ([], "--train-model is required"),
     (["--train-model", "sambay"], "--depth is required"),
     ([*D16[:2], "--depth", "18"], "must be a multiple of 4; the nearest: 16, 20"),
-    ([*D16, "--hidden-size", "2048"], "--hidden-size 2048 contradicts --train-model sambay --depth 16, which has 1984"),
+    ([*D16, "--hidden-size", "2048", "--aspect-ratio", "124"], "--hidden-size 2048 contradicts --aspect-ratio 124; le"),
+    ([*D16, "--ffn-hidden-size", "-1"], "--ffn-hidden-size -1: must be a positive integer"),
+    ([*D16, "--norm-epsilon", "0"], "--norm-epsilon 0.0: must be above 0 and below 1"),
     ([*D16, "--num-layers", "12"], "--num-layers 12 contradicts"),
     ([*D16, "--window-size", "1,0"], r"--window-size \(1, 0\) contradicts"),
     ([*D16, "--num-experts", "8"], "--num-experts 8 contradicts"),
@@ -235,6 +248,13 @@ REFUSED = [
     ([*D16, "--optimizer", "muonh", "--weight-decay", "0.1"], "keeps norms: --weight-decay 0.1 must be 0"),
     ([*D16, "--optimizer", "muonh", "--muon-scale-mode", "spectral"], "--muon-scale-mode has no effect on --optim"),
     ([*D16, "--load", "nowhere"], "--load nowhere: no such directory"),
+    ([*D16, "--load", "tests"], "--load tests: there is no checkpoint; give another directory"),
+    ([*D16, "--keep-last", "0", "--save", "run"], "--keep-last 0: must be 1 or more"),
+    ([*D16, "--keep-last", "2"], "--keep-last 2: nothing is saved; give --save"),
+    ([*D16, "--save", "/dev/null/run"], "--save /dev/null/run: cannot be written .Not a directory.; give a directory"),
+    ([*D16, "--ckpt-format", "torch"], "--ckpt-format torch contradicts"),
+    ([*D16, "--async-strategy", "nvrx"], "--async-strategy nvrx contradicts"),
+    ([*D16, "--non-persistent-save-interval", "5"], "use --keep-last and --save-retain-interval"),
     ([*D16, "--vocab-size", "64", "--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", "gone"], "gone"),
 ]  # fmt: skip
 

@@ -12,8 +12,9 @@ import pytest
 from megatron.core import num_microbatches_calculator as microbatches
 from megatron.training import training
 
+from archscale_megatron.checkpoint.resume import TRACKER
 from archscale_megatron.training.arguments import apply_arguments, check_schedule, parse_command_line
-from archscale_megatron.training.spellings import CHECKPOINTS, apply_resume
+from archscale_megatron.training.spellings import apply_resume
 
 Parse = Callable[..., argparse.Namespace]
 D8 = "--train-model sambay --depth 8 --seq-length 4096 --micro-batch-size 2"
@@ -294,7 +295,7 @@ def test_resume(parse: Parse, tmp_path: Path) -> None:
     empty, full = tmp_path / "empty", tmp_path / "full"
     for directory in (empty, full):
         directory.mkdir()
-    (full / CHECKPOINTS).write_text("2")
+    (full / TRACKER).write_text("2")
     line = f"{D8} --lr 1e-3 --train-iters 1"
     for options, load in (
         (f"--resume auto --save {full}", str(full)),

@@ -1,27 +1,20 @@
-"""pretrain_archscale.py as users run it: checkpoints, exact resume after kill -9, other layouts, SIGTERM, logs."""
+"""pretrain_archscale.py as users run it: checkpoints, exact resume, other layouts, logs. Faults are in tests/faults."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from archscale_megatron.archs.build import build_architecture
 from archscale_megatron.archs.counts import training_flops
-from tests.launch import ROOT, torchrun
+from tests.launch import torchrun
 from tests.training.data import VOCABULARY, write_dataset
+from tests.training.runs import scalars, tensors
 
 SEQUENCE_LENGTH, BATCH, STEPS, SAVED_AT = 64, 8, 8, 4
 MODEL = ["--train-model", "sambay", "--depth", "8", "--aspect-ratio", "8", "--head-dim", "8", "--local-window", "16"]
@@ -45,26 +38,6 @@ def command(data: Path, run: Path, *options: str) -> list[str]:
     ]  # fmt: skip
 
 
-def scalars(run: Path, tag: str) -> dict[int, float]:
-    """Iteration -> value; of iterations that ran twice, the later one."""
-    values = {}
-    for file in sorted((run / "tensorboard").glob("events*"), key=lambda f: f.stat().st_mtime):
-        events = EventAccumulator(str(file)).Reload()
-        if tag in events.Tags()["scalars"]:
-            values |= {event.step: event.value for event in events.Scalars(tag)}
-    return values
-
-
-def tensors(run: Path, iteration: int) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, weights and optimizer state."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        state = dist_checkpointing.load_plain_tensors(str(run / f"iter_{iteration:07d}"))
-    finally:
-        dist.destroy_process_group()
-    return {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
-
-
 @pytest.fixture(scope="module")
 def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """STEPS steps on four processes without a break, with dropout."""
@@ -73,49 +46,11 @@ def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def interrupt(processes: int, arguments: list[str], when: str, how: Callable[[subprocess.Popen], None]) -> int:
-    """Start a run, and call `how` once `when` is in its output; returns the exit code."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore"}
-    with subprocess.Popen(
-        [*launcher, *arguments], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
-        for line in process.stdout:
-            if when in line:
-                how(process)
-                break
-        else:
-            pytest.fail(f"the run ended without {when!r}")
-        process.stdout.read()
-    return process.returncode
-
-
-def children(process: subprocess.Popen) -> list[int]:
-    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
-
-
-def kill_one_rank(process: subprocess.Popen) -> None:
-    os.kill(children(process)[-1], signal.SIGKILL)
-
-
 def go_back(run: Path, copy: Path) -> None:
     """A copy of `run` as it was after the first checkpoint."""
     shutil.copytree(run, copy)
     shutil.rmtree(copy / f"iter_{STEPS:07d}")
     (copy / "latest_checkpointed_iteration.txt").write_text(str(SAVED_AT))
-
-
-def test_resume_after_kill_is_exact(undisturbed: Path, data: Path, tmp_path: Path) -> None:
-    arguments = command(data, tmp_path, *FOUR)
-    assert interrupt(4, arguments, f"iteration        {SAVED_AT + 2}/", kill_one_rank) != 0
-    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == str(SAVED_AT)
-    torchrun(4, *arguments)
-    for tag in ("lm loss", "grad-norm", "lm loss validation"):
-        assert scalars(tmp_path, tag) == scalars(undisturbed, tag), tag
-    found, expected = tensors(tmp_path, STEPS), tensors(undisturbed, STEPS)
-    assert found.keys() == expected.keys()
-    assert any(key.startswith("optimizer") for key in expected)
-    assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
 def test_resume_at_another_layout(data: Path, tmp_path: Path) -> None:
@@ -146,21 +81,6 @@ def test_experts_resume_at_another_layout(data: Path, tmp_path: Path) -> None:
         assert found == pytest.approx({step: expected[step] for step in found}, rel=1e-5)
     assert all(1 < value < 2 for value in expected.values())  # 1 is an even load
     assert re.search(r"load_balancing_loss: 1\.\d", log)
-
-
-def test_sigterm_saves_and_exits(undisturbed: Path, data: Path, tmp_path: Path) -> None:
-    """torchrun passes SIGTERM on to every rank; the run saves where it is, and goes on as if nothing had been."""
-
-    def terminate(process: subprocess.Popen) -> None:
-        for pid in children(process):
-            os.kill(pid, signal.SIGTERM)
-
-    arguments = command(data, tmp_path, *FOUR)
-    assert interrupt(4, arguments, "iteration        2/", terminate) == 0
-    saved = int((tmp_path / "latest_checkpointed_iteration.txt").read_text())
-    assert 2 <= saved < STEPS
-    torchrun(4, *arguments)
-    assert scalars(tmp_path, "lm loss") == scalars(undisturbed, "lm loss")
 
 
 def test_logs(undisturbed: Path) -> None:
