@@ -24,11 +24,11 @@ import pytest
 import torch
 
 from archscale_megatron import cpu
+from tests.launch import torchrun
 
 if __name__ == "__main__":
     cpu.install()
 
-ROOT = Path(__file__).parents[1]
 PASSED = "passed: "
 
 WRITER = "core/dist_checkpointing/strategies/filesystem_async.py"
@@ -788,26 +788,12 @@ CHECKS = [name for name in list(globals()) if name.startswith("check_")]
 @pytest.fixture(scope="module")
 def output() -> str:
     """One process for all checks: importing Megatron is most of their time."""
-    return launch(CHECKS)
+    return torchrun(1, "-m", "tests.test_megatron_patches", *CHECKS, check=False).stdout
 
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_patch(check: str, output: str) -> None:
     assert PASSED + check in output, output
-
-
-def launch(arguments: list[str]) -> str:
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
-    result = subprocess.run(
-        [sys.executable, *torchrun, __file__, *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    return result.stdout + result.stderr
 
 
 def main(arguments: list[str]) -> None:

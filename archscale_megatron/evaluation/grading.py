@@ -162,9 +162,9 @@ class Grader:
     def _ask(self, question: dict[str, str]) -> dict[str, Any] | None:
         """The process's reply, or None if it gives none in time: then the next question starts another process."""
         with self._lock:
+            process = self._running()
+            assert process.stdin is not None
             try:
-                process = self._running()
-                assert process.stdin is not None
                 process.stdin.write(json.dumps(question).encode() + b"\n")
                 process.stdin.flush()
                 return json.loads(self._line(self._seconds))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -71,6 +72,8 @@ class ArchScaleLM(TemplateLM):
             add_bos_token, prefix_token_id: as of lm-eval's `hf`.
         """
         super().__init__()
+        # For standard errors lm-eval would fork, which an engine's threads make unsafe; the numbers are the same.
+        os.environ.setdefault("DISABLE_MULTIPROC", "1")
         if engine is None:
             engine = open_engine(
                 argparse.Namespace(

@@ -7,7 +7,6 @@ import os
 import pickle
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -83,13 +82,8 @@ def test_training_goes_on_when_nothing_can_be_saved(run: Path, data: Path, tmp_p
     directory = tmp_path / "run"
     asynchronous = ("--async-save", "--use-persistent-ckpt-worker")
     arguments = command(data, directory, *OPTIONS, "--exit-interval", "4", "--eval-interval", "100", *asynchronous)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    finished = subprocess.run(
-        ["prlimit", "--fsize=2000000", *launcher, *(a for a in arguments if a not in asynchronous)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=280,
-    )  # fmt: skip
+    synchronous = [argument for argument in arguments if argument not in asynchronous]
+    finished = torchrun(2, *synchronous, prefix=("prlimit", "--fsize=2000000"), check=False)
     failures = [line for line in finished.stdout.splitlines() if "was not saved" in line]
     assert len(failures) == 2 and all("File too large" in line and "there is no other" in line for line in failures)
     assert "iteration        4/" in finished.stdout and finished.returncode == 1

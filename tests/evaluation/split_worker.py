@@ -25,9 +25,9 @@ def run(layouts: list[str], commands: list[list[str]]) -> None:
         for command in commands:
             assert main([argument.replace("LAYOUT", layout) for argument in command] + options) == 0
             if (tensor, pipeline) != ("1", "1"):
-                from megatron.core import parallel_state
+                from tests.process_groups import end_layout
 
-                parallel_state.destroy_model_parallel()
+                end_layout()
 
 
 if __name__ == "__main__":

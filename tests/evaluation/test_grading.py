@@ -260,6 +260,16 @@ def test_among_many_open_files() -> None:
             assert grader.grade("3", "3", "math").correct
 
 
+def test_a_process_that_cannot_be_started_is_no_wrong_answer() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        with Grader() as grader, pytest.raises(OSError, match="Too many open files"):
+            grader.grade("3", "3", "math")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 def test_without_math_verify(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with Grader() as grader, pytest.raises(ImportError, match="install archscale-megatron"):

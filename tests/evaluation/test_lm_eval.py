@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import multiprocessing
 import os
 import random
 import shutil
@@ -104,6 +105,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """tasks/, and for each family a run directory NAME and its export NAME.hf; and one whose tokenizer adds a bos."""
     root = tmp_path_factory.mktemp("lm_eval")
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_DATASETS_CACHE": str(root / "cache")}
+    os.environ["DISABLE_MULTIPROC"] = "1"  # lm-eval's `hf` is not to fork this process and its threads
     write_tasks(root / "tasks")
     tokenizer = write_tokenizer(root / "tokenizer")
     for family in FAMILIES:
@@ -188,8 +190,12 @@ def values(report: dict[str, Any]) -> dict[str, float]:
     return {name: score["value"] for name, score in report["scores"].items()}
 
 
-def test_command(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its report; what is there is shown; a killed one goes on; and with two ranks the same."""
+def test_command(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its report, made without a fork; what is there is shown; an export has the same, and two ranks."""
+    monkeypatch.delenv("DISABLE_MULTIPROC")
+    monkeypatch.setattr(multiprocessing, "Pool", None)
     whole = report_of(root, tmp_path / "whole")
     scores = values(whole)
     assert scores.keys() >= {

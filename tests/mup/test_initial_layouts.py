@@ -38,6 +38,7 @@ def worker() -> None:
     from archscale_megatron.mup.initialization import named_global_parameters, partition, partition_of
     from archscale_megatron.mup.rules import Parametrization
     from tests.model.building import config_of
+    from tests.process_groups import end_layout
 
     def parameters(arch, run, tp: int, pp: int):
         pattern = split_by_compute(arch, pp, 32)
@@ -66,7 +67,7 @@ def worker() -> None:
             mpu.initialize_model_parallel()
             model_parallel_cuda_manual_seed(1)
             whole = parameters(arch, run, 1, 1)
-            mpu.destroy_model_parallel()
+            end_layout()
             for tp, pp in LAYOUTS:
                 mpu.initialize_model_parallel(tp, pp)
                 model_parallel_cuda_manual_seed(1)
@@ -81,7 +82,7 @@ def worker() -> None:
                 dist.barrier()
                 if dist.get_rank() == 0 and family == "sambay":
                     print(f"{name} tp{tp} pp{pp}: equal", flush=True)
-                mpu.destroy_model_parallel()
+                end_layout()
     dist.barrier()
     dist.destroy_process_group()
 

@@ -60,6 +60,7 @@ from tests.parallel.layouts import (  # noqa: E402
     pattern_of,
     tiny,
 )
+from tests.process_groups import end_layout  # noqa: E402
 
 STEPS = 2
 # SP's initial weights are scaled so that every layer counts, and no update is large beside its weight.
@@ -283,7 +284,7 @@ def main(directory: Path) -> None:
             if dist.get_rank() == 0:
                 save_file(run, directory / f"{model}.{name}.safetensors")
                 print(f"{model} {name}", flush=True)
-        mpu.destroy_model_parallel()
+        end_layout()
     dist.barrier()
     dist.destroy_process_group()
 

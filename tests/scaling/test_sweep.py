@@ -112,7 +112,8 @@ def run_sweep(output: Path, *options: str, rates: str = "1e-3,2e-3", seed: str =
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_sweep_kills_its_runs_and_resumes(tmp_path: Path, number: int) -> None:
-    command = run_sweep(tmp_path, "--jobs", "2", rates="1e-3", seed="101")
+    # A shell's background jobs, which these tests may be, ignore SIGINT.
+    command = ["env", "--default-signal=INT", *run_sweep(tmp_path, "--jobs", "2", rates="1e-3", seed="101")]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         wait_for(lambda: bool(list(tmp_path.glob("*/child"))))
         time.sleep(0.3)
