@@ -31,7 +31,12 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt .python-version tools/fin
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,eval]'
 	@touch $@
 
-test: install checks ## all tests that need no GPU, after the checks
+$(VENV)/transformers-5/.installed: $(INSTALLED) tests/hf/transformers-5.txt
+	rm -rf $(@D)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(@D) --requirement tests/hf/transformers-5.txt
+	@touch $@
+
+test: install $(VENV)/transformers-5/.installed checks ## all tests that need no GPU, after the checks
 	$(THREADS) $(PYTEST) -n $(WORKERS) --dist loadfile -m "not gpu and not slow" --durations 15 \
 		--ignore tests/test_readme.py --ignore tests/test_examples.py
 

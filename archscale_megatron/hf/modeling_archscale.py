@@ -23,6 +23,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from .configuration_archscale import ArchScaleConfig
 
+# transformers 5 has renamed past_key_values, between 5.0 and 5.24.
+CACHE = next(
+    field.name for field in dataclasses.fields(BaseModelOutputWithPast) if field.name in ("cache", "past_key_values")
+)
+
 
 class ArchScaleCache:
     """What layers keep between calls: a tuple of tensors for each layer that has a state, batch first.
@@ -33,6 +38,7 @@ class ArchScaleCache:
     """
 
     is_compileable = False
+    is_linear = (False,)  # `generate` is to hand on the tokens behind those that were seen, and no others
 
     def __init__(self) -> None:
         self.reset()
@@ -719,38 +725,33 @@ class ArchScalePreTrainedModel(PreTrainedModel):
     _is_stateful = True  # no state can go back to an earlier token
 
     def _init_weights(self, module: Any) -> None:
-        if isinstance(module, StepSizeProjection):
-            module.weight.data.normal_(0.0, self.config.initializer_range)
-            _init_step_bias(module.bias)
-        elif isinstance(module, nn.Linear | nn.Embedding):
-            module.weight.data.normal_(0.0, self.config.initializer_range)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                module.bias.data.zero_()
-        elif isinstance(module, CausalConv1d):
-            module.reset_parameters()
-        elif isinstance(module, Norm):
-            module.weight.data.fill_(1.0)
-            if module.bias is not None:
-                module.bias.data.zero_()
-        elif isinstance(module, Attention):
-            for name in LAMBDAS if module.differential else ():
-                module.get_parameter(name).data.normal_(0.0, 0.1)
-            if module.sink is not None:
-                module.sink.data.zero_()
-        elif isinstance(module, Mamba1):
-            module.A_log.data.copy_(torch.arange(1, module.A_log.shape[1] + 1).log().expand_as(module.A_log))
-            module.D.data.fill_(1.0)
-        elif isinstance(module, Mamba2 | GatedDeltaNet):
-            module.A_log.data.uniform_(1.0, 16.0).log_()
-            _init_step_bias(module.dt_bias)
-            if isinstance(module, Mamba2):
-                module.D.data.fill_(1.0)
+        for name, parameter in module.named_parameters(recurse=False):
+            # transformers 5 comes here with parameters that it has loaded, too.
+            if not getattr(parameter, "_is_hf_initialized", False):
+                _initialize(module, name, parameter.data, self.config.initializer_range)
 
 
-def _init_step_bias(bias: Tensor) -> None:
-    """What softplus makes a step size of, drawn log-uniformly from [1e-3, 0.1] (arXiv 2312.00752, section 3.6)."""
-    size = bias.data.uniform_(math.log(1e-3), math.log(0.1)).exp_()
-    size.copy_(size.expm1().log())
+def _initialize(module: nn.Module, name: str, value: Tensor, deviation: float) -> None:
+    """Write initial values for the parameter `name` of `module`; `deviation` is that of matrices."""
+    if isinstance(module, CausalConv1d):
+        bound = module.kernel_size[0] ** -0.5  # torch's own
+        value.uniform_(-bound, bound)
+    elif name == "dt_bias" or (name == "bias" and isinstance(module, StepSizeProjection)):
+        # What softplus makes a step size of, drawn log-uniformly from [1e-3, 0.1] (arXiv 2312.00752, section 3.6).
+        value.uniform_(math.log(1e-3), math.log(0.1)).exp_()
+        value.copy_(value.expm1().log())
+    elif name == "A_log" and isinstance(module, Mamba1):
+        value.copy_(torch.arange(1, value.shape[1] + 1).log().expand_as(value))
+    elif name == "A_log":
+        value.uniform_(1.0, 16.0).log_()
+    elif name in LAMBDAS:
+        value.normal_(0.0, 0.1)
+    elif name == "D" or (name == "weight" and isinstance(module, Norm)):
+        value.fill_(1.0)
+    elif name == "weight":
+        value.normal_(0.0, deviation)
+    else:  # biases and sinks
+        value.zero_()
 
 
 class ArchScaleModel(ArchScalePreTrainedModel):
@@ -781,6 +782,7 @@ class ArchScaleModel(ArchScalePreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         tokens_to_keep: int = 0,
+        cache: ArchScaleCache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast | tuple:
         """Hidden states of input_ids [b, s] (or inputs_embeds [b, s, hidden]), which follow the tokens of the cache.
@@ -791,6 +793,7 @@ class ArchScaleModel(ArchScalePreTrainedModel):
             output_hidden_states: of the embedding, and behind each ArchScale layer, the last one normed.
             tokens_to_keep: return the hidden states of the last so many tokens only (0: all), and do not compute those
                 of others where nothing depends on them: behind the last self-attention or recurrent layer.
+            cache: the later name of past_key_values.
         """
         if kwargs.get("position_ids") is not None or kwargs.get("output_attentions"):
             raise ValueError("position_ids and output_attentions are not known here; give attention_mask, 0 at padding")
@@ -798,7 +801,8 @@ class ArchScaleModel(ArchScalePreTrainedModel):
             raise ValueError("give input_ids or inputs_embeds, and not both")
         x = fp32(self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds)
         use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
-        cache = ArchScaleCache() if use_cache and past_key_values is None else past_key_values
+        cache = past_key_values if cache is None else cache
+        cache = ArchScaleCache() if use_cache and cache is None else cache
         step = self._step(x, attention_mask, cache)
         output_hidden_states = (
             self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
@@ -842,7 +846,7 @@ class ArchScaleModel(ArchScalePreTrainedModel):
 
 
 class ArchScaleForCausalLM(ArchScalePreTrainedModel, GenerationMixin):  # type: ignore[misc]
-    _tied_weights_keys: Any = ["lm_head.weight"]
+    _tied_weights_keys: Any = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: ArchScaleConfig) -> None:
         super().__init__(config)
@@ -867,6 +871,7 @@ class ArchScaleForCausalLM(ArchScalePreTrainedModel, GenerationMixin):  # type: 
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: ArchScaleCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple:
         """Logits [b, s, vocabulary] of input_ids [b, s]; see `ArchScaleModel.forward`.
@@ -878,7 +883,7 @@ class ArchScaleForCausalLM(ArchScalePreTrainedModel, GenerationMixin):  # type: 
         keep = logits_to_keep if isinstance(logits_to_keep, int) and labels is None else 0
         hidden: Any = self.model(
             input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, output_hidden_states,
-            tokens_to_keep=keep, **kwargs,
+            tokens_to_keep=keep, cache=cache, **kwargs,
         )  # fmt: skip
         hidden_states = hidden.last_hidden_state
         if isinstance(logits_to_keep, Tensor):
@@ -888,14 +893,14 @@ class ArchScaleForCausalLM(ArchScalePreTrainedModel, GenerationMixin):  # type: 
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         output: Any = CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=hidden.past_key_values, hidden_states=hidden.hidden_states
+            loss=loss, logits=logits, hidden_states=hidden.hidden_states, **{CACHE: getattr(hidden, CACHE)}
         )
         return output.to_tuple() if return_dict is False else output
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict, *args: Any) -> Any:
         """Called by `generate`, which would make a cache of keys and values alone."""
-        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = ArchScaleCache()
+        if generation_config.use_cache and model_kwargs.get(CACHE) is None:
+            model_kwargs[CACHE] = ArchScaleCache()
 
     def prepare_inputs_for_generation(  # type: ignore[override]
         self, input_ids: Any, inputs_embeds: Any = None, position_ids: Any = None, **kwargs: Any
