@@ -68,7 +68,7 @@ def architecture(config: dict[str, Any]) -> Architecture:
     )  # fmt: skip
     if missing := [name for name in needed if name not in config]:
         raise ValueError(f"config.json lacks {', '.join(missing)}")
-    heads, depth, base = config["num_attention_heads"], config["num_hidden_layers"], config.get("rope_theta", 10000.0)
+    heads, depth, base = config["num_attention_heads"], config["num_hidden_layers"], _rope_base(config)
     if base != int(base):
         raise ValueError(f"config.json: rope_theta is {base}; a base is a whole number here")
     return Architecture(
@@ -89,6 +89,15 @@ def architecture(config: dict[str, Any]) -> Architecture:
         attention_output_bias=config.get("attention_bias", False),
         linear_bias=config.get("mlp_bias", False),
     )
+
+
+def _rope_base(config: dict[str, Any]) -> float:
+    """Where transformers 4 has it, or 5; raises ValueError for angles that are not plain RoPE's."""
+    rope = config.get("rope_parameters") or {}
+    plain = isinstance(rope, dict) and rope.get("rope_type", "default") == "default"
+    if not plain or rope.keys() - {"rope_type", "rope_theta"}:
+        raise ValueError(f"config.json: rope_parameters is {rope!r}; Llama models are trained here with plain RoPE")
+    return rope.get("rope_theta", config.get("rope_theta", 10000.0))
 
 
 def maps(arch: Architecture) -> list[Map]:

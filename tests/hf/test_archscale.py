@@ -80,6 +80,10 @@ def test_what_llama_has_not(changes: dict) -> None:
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; Llama models are trained here with 'silu'"),
         ({"rope_scaling": {"rope_type": "llama3"}}, "rope_scaling is .*; Llama models are trained here with None"),
         ({"rope_theta": 0.5}, "rope_theta is 0.5; a base is a whole number here"),
+        ({"rope_parameters": {"rope_theta": 0.5}}, "rope_theta is 0.5; a base is a whole number here"),
+        ({"rope_parameters": {"rope_type": "llama3"}}, "rope_parameters is .*; Llama models are .* with plain RoPE"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_parameters is .* plain RoPE"),
+        ({"rope_parameters": "default"}, "rope_parameters is 'default'; Llama models are trained here with plain RoPE"),
         ({"vocab_size": None}, "config.json lacks vocab_size"),
     ],
 )
@@ -88,6 +92,15 @@ def test_llama_configs_that_are_refused(changes: dict, message: str) -> None:
     config = {name: value for name, value in config.items() if changes.get(name, 1) is not None}
     with pytest.raises(ValueError, match=message):
         llama.architecture(config)
+
+
+def test_rope_base_of_newer_configs() -> None:
+    """transformers 5 writes it in `rope_parameters`."""
+    config = llama.config(architecture("transformer", True), RUN)
+    del config["rope_theta"], config["rope_scaling"]
+    assert llama.architecture(config).rotary_base == 10_000
+    rope = {"rope_type": "default", "rope_theta": 500000.0}
+    assert llama.architecture(config | {"rope_parameters": rope}).rotary_base == 500_000
 
 
 def test_an_archscale_config_without_a_field() -> None:
