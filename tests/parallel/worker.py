@@ -239,8 +239,10 @@ def whole_tensors(chunks: list[DistributedDataParallel], prefix: str, value: Any
             split = partition_of(name, parameter)
             layout, rank = ((split.dim, split.blocks), split.rank) if split else (None, 0)
             local[name] = (layout, rank, value(parameter).detach().float().clone())
-    everywhere: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, local)
+    everywhere: list[Any] | None = None if dist.get_rank() else [None] * dist.get_world_size()
+    dist.gather_object(local, everywhere)
+    if everywhere is None:
+        return {}
     shards: dict[str, dict[int, Tensor]] = {}
     layouts: dict[str, tuple[int, tuple[int, ...]] | None] = {}
     for rank_dict in everywhere:
@@ -249,8 +251,6 @@ def whole_tensors(chunks: list[DistributedDataParallel], prefix: str, value: Any
             key = tp_rank if layout else 0
             known = shards.setdefault(name, {}).setdefault(key, tensor)
             assert torch.equal(known, tensor), f"{prefix}{name}: two copies differ"
-    if dist.get_rank():
-        return {}
     return {prefix + name: join(layouts[name], parts) for name, parts in shards.items()}
 
 
