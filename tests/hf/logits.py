@@ -2,8 +2,8 @@
 
     python -m tests.hf.logits
 
-prints a table for the documentation: the largest difference over the largest logit, of checkpoints from tensor and
-pipeline parallelism of two, in fp32.
+prints a table for the documentation: the largest difference over the largest logit, of checkpoints from every layout,
+in fp32.
 """
 
 from __future__ import annotations
@@ -27,11 +27,15 @@ from tests.launch import torchrun
 Case = tuple[str, bool]
 """A model, and whether its embeddings are tied."""
 CASES: list[Case] = [(model, tied) for model in MODELS for tied in (True, False)]
+LAYOUTS = {"single": (1, 1), "stp2": (2, 1), "pp2": (1, 2), "stp2_pp2": (2, 2)}
+"""Tensor (with sequence) and pipeline parallelism."""
 
 
-def save(directory: Path, cases: Sequence[Case]) -> None:
-    """Make the checkpoints, on four processes."""
-    torchrun(4, "-m", "tests.hf.worker", str(directory), *(directory_of(*case) for case in cases))
+def save(directory: Path, cases: Sequence[Case], layout: str = "stp2_pp2") -> None:
+    """Make the checkpoints, each rank its part."""
+    tensor, pipeline = LAYOUTS[layout]
+    names = (directory_of(*case) for case in cases)
+    torchrun(tensor * pipeline, "-m", "tests.hf.worker", str(directory), f"{tensor},{pipeline}", *names)
 
 
 @torch.no_grad()
@@ -62,12 +66,17 @@ def phi4flash_logits(folder: Path) -> Tensor:
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
-        directory = Path(temporary)
-        save(directory, CASES)
-        print("| model | exported as | tied | untied |\n|---|---|---|---|")
+        for layout in LAYOUTS:
+            save(Path(temporary, layout), CASES, layout)
+        print(f"| model | exported as | {' | '.join(LAYOUTS)} |\n|---|---|{'---|' * len(LAYOUTS)}")
         for model in MODELS:
-            (format, tied), (_, untied) = (exported(directory, (model, tied)) for tied in (True, False))
-            print(f"| {model} | {format} | {tied:.1e} | {untied:.1e} |", flush=True)
+            cells = []
+            for layout in LAYOUTS:
+                (format, tied), (_, untied) = (
+                    exported(Path(temporary, layout), (model, tied)) for tied in (True, False)
+                )
+                cells.append(f"{tied:.1e}, {untied:.1e}")
+            print(f"| {model} | {format} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

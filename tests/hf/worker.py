@@ -1,6 +1,6 @@
-"""Saves tiny models, all their parameters random, from tensor and pipeline parallelism of two, with their logits.
+"""Saves tiny models, all their parameters random, from one layout, with their logits.
 
-torchrun --nproc-per-node 4 -m tests.hf.worker DIRECTORY MODEL.TIED ...
+torchrun --nproc-per-node TENSOR*PIPELINE -m tests.hf.worker DIRECTORY TENSOR,PIPELINE MODEL.TIED ...
 
 For each, DIRECTORY/MODEL.TIED is a run directory, and logits.pt in it are the logits [b, s, vocabulary].
 """
@@ -46,9 +46,11 @@ ITERATION = "iter_0000001"
 def build(model: str, tied: bool) -> Any:
     """This rank's stage, with the same parameters at every layout."""
     arch = architecture(model, tied)
+    tensor, pipeline = mpu.get_tensor_model_parallel_world_size(), mpu.get_pipeline_model_parallel_world_size()
     config = config_of(
-        arch, layer_pattern=split_by_compute(arch, 2, SEQUENCE), is_hybrid_model=True, tensor_model_parallel_size=2,
-        sequence_parallel=True, pipeline_model_parallel_size=2, deallocate_pipeline_outputs=True,
+        arch, layer_pattern=split_by_compute(arch, pipeline, SEQUENCE), is_hybrid_model=True,
+        tensor_model_parallel_size=tensor, sequence_parallel=tensor > 1, pipeline_model_parallel_size=pipeline,
+        deallocate_pipeline_outputs=True,
     )  # fmt: skip
     return build_model(
         config,
@@ -83,9 +85,9 @@ def logits_of(model: Any) -> Tensor | None:
 
 
 @torch.no_grad()
-def main(directory: Path, models: list[tuple[str, bool]]) -> None:
+def main(directory: Path, layout: str, models: list[tuple[str, bool]]) -> None:
     dist.init_process_group("gloo")
-    mpu.initialize_model_parallel(2, 2)
+    mpu.initialize_model_parallel(*map(int, layout.split(",")))
     model_parallel_cuda_manual_seed(1)
     initialization.initial_values = lambda name, shape, arch, parametrization, generator: lively_values(
         name, shape, generator
@@ -112,5 +114,5 @@ def main(directory: Path, models: list[tuple[str, bool]]) -> None:
 
 
 if __name__ == "__main__":
-    cases = [argument.rsplit(".", 1) for argument in sys.argv[2:]]
-    main(Path(sys.argv[1]), [(name, tied == "tied") for name, tied in cases])
+    cases = [argument.rsplit(".", 1) for argument in sys.argv[3:]]
+    main(Path(sys.argv[1]), sys.argv[2], [(name, tied == "tied") for name, tied in cases])
