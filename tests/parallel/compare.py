@@ -53,7 +53,7 @@ def _launch(directory: Path, runs: list[tuple[str, str]]) -> Iterator[int]:
     layouts = LAYOUTS | REFERENCES | ROUNDED
     (directory / RUNS).write_text(json.dumps(runs))
     for size in sorted({layouts[name].world_size for _, name in runs}):
-        torchrun(size, "-m", "tests.parallel.worker", str(directory))
+        torchrun(size, "-m", "tests.parallel.worker", str(directory), timeout=3600)
         yield sum(layouts[name].world_size == size for _, name in runs)
 
 
