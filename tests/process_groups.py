@@ -9,7 +9,7 @@ from megatron.core import mpu
 def end_layout() -> None:
     """End Megatron's process groups, on all ranks; the default group stays.
 
-    Megatron only forgets them. Each would keep open files, and three threads of gloo's that wake every 10 ms.
+    Megatron only forgets them. Each would keep its open files, and three threads of gloo's.
     """
     mpu.destroy_model_parallel()
     dist.barrier()

@@ -7,20 +7,21 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
+from tests.launch import ROOT, torchrun
+
 PASSED = "passed: "
 
 
 def run_checks(checks: list[str], processes: int = 0) -> str:
     """Run functions of this file in a new process, or in `processes` of torchrun; returns what they
     printed."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [sys.executable, *(torchrun if processes else []), __file__, *checks]
+    if processes:
+        return torchrun(processes, "-m", "tests.test_cpu", *checks, check=False).stdout
+    command = [sys.executable, __file__, *checks]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
