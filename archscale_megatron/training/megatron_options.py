@@ -10,6 +10,7 @@ from megatron.core.transformer.enums import AttnBackend
 
 from archscale_megatron import cpu
 from archscale_megatron.archs.architecture import MOE, Architecture
+from archscale_megatron.layers.backend import HAVE_TE
 from archscale_megatron.training.experts import EXPERT_RECOMPUTE_MODULES, FIXED_EXPERTS, expert_dimensions
 
 VOCABULARY_MULTIPLE = 64  # ArchScale's padding
@@ -87,7 +88,7 @@ def refuse_contradictions(args: argparse.Namespace, arch: Architecture, explicit
         )
 
 
-def defaults() -> dict[str, Any]:
+def defaults(args: argparse.Namespace) -> dict[str, Any]:
     """What we choose where the user did not: ArchScale has no dropout, and a machine may lack fused kernels."""
     chosen: dict[str, Any] = {
         "attention_dropout": 0.0,
@@ -98,8 +99,10 @@ def defaults() -> dict[str, Any]:
         "exit_signal_handler": True,  # SIGTERM saves and exits
         "save_interval": 1000,
         "eval_interval": 1000,
-        "transformer_impl": "transformer_engine" if _installed("transformer_engine") else "local",
+        "transformer_impl": "transformer_engine" if HAVE_TE else "local",
+        "apply_rope_fusion": HAVE_TE,  # Megatron's fused RoPE is Transformer Engine's
         "gradient_accumulation_fusion": _installed("fused_weight_gradient_mlp_cuda"),
+        "cross_entropy_loss_fusion": not args.deterministic_mode,  # which Megatron then refuses
         "masked_softmax_fusion": False,  # our attention has no separate softmax
         "no_persist_layer_norm": True,
         "moe_token_dispatcher_type": "alltoall",
@@ -112,7 +115,7 @@ def defaults() -> dict[str, Any]:
             "gradient_accumulation_fusion": False,
             "bias_swiglu_fusion": False,
             "bias_dropout_fusion": False,
-            "apply_rope_fusion": False,
+            "cross_entropy_loss_fusion": False,
         }
     return chosen
 

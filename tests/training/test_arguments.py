@@ -13,11 +13,13 @@ from megatron.core.tokenizers.text.libraries.null_tokenizer import NullTokenizer
 from megatron.training import global_vars
 from megatron.training.arguments import core_transformer_config_from_args, parse_args
 
+from archscale_megatron import cpu
 from archscale_megatron.archs.build import build_architecture
+from archscale_megatron.archs.families import FAMILIES
 from archscale_megatron.checkpoint.run_directory import write_architecture
 from archscale_megatron.model.config import HybridConfig
 from archscale_megatron.training.arguments import PLAIN_LOSS_ONLY, parse_arguments
-from archscale_megatron.training.megatron_options import FIXED
+from archscale_megatron.training.megatron_options import FIXED, defaults
 from tests.training.data import write_dataset
 
 Parse = Callable[..., argparse.Namespace]
@@ -91,6 +93,17 @@ def test_options_of_the_layers(parse: Parse) -> None:
     global_vars.unset_global_variables()
     args = parse("--train-model", "transformer", "--depth", "16", "--attention-sink", "--normalization", "LayerNorm")
     assert args.architecture.attention_sink and args.normalization == args.architecture.normalization == "LayerNorm"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_config_on_a_gpu_without_transformer_engine(parse: Parse, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    """Megatron's config refuses fused RoPE without Transformer Engine, and is then the first to say so."""
+    monkeypatch.setattr(cpu, "ACTIVE", False)
+    args = parse("--train-model", family, "--depth", "16", "--bf16")
+    assert (args.transformer_impl, args.apply_rope_fusion) == ("local", False)
+    config = core_transformer_config_from_args(args, HybridConfig)
+    assert config.bias_activation_fusion and config.cross_entropy_loss_fusion
+    assert not defaults(argparse.Namespace(deterministic_mode=True))["cross_entropy_loss_fusion"]
 
 
 def test_agreeing_megatron_flags_are_accepted(parse: Parse) -> None:
