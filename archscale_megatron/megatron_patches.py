@@ -8,6 +8,7 @@ and names the patch to read again.
 import argparse
 import contextlib
 import queue
+import sys
 import types
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ def apply() -> None:
         _sizes_of_an_all_to_all()
     _skip_compiled_helpers()
     _adam_without_fused_libraries()
+    _weight_gradients_without_apex()
     _fp32_parameters_first()
     _fp32_parameters_of_half_precision_optimizers()
     _muon_by_parameter_class()
@@ -138,6 +140,22 @@ def _adam_without_fused_libraries() -> None:
     optimizer.Adam = distrib_optimizer.Adam = FusedAdam
     optimizer.USING_PYTORCH_OPTIMIZER = False
     distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
+
+
+def _weight_gradients_without_apex() -> None:
+    """`--gradient-accumulation-fusion` needs an extension of Apex's, for which torch has the matrix product.
+
+    core/tensor_parallel/layers.py:49 (imported by name there, and again in core/utils.py:1248); whether it is used is
+    decided in training/megatron_options.py. On a GPU as well.
+    """
+    from megatron.core.tensor_parallel import layers
+
+    from archscale_megatron.ops import weight_gradient
+
+    if layers._grad_accum_fusion_available:
+        return
+    sys.modules["fused_weight_gradient_mlp_cuda"] = layers.fused_weight_gradient_mlp_cuda = weight_gradient
+    layers._grad_accum_fusion_available = True
 
 
 def _fp32_parameters_first() -> None:

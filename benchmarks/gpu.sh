@@ -30,11 +30,13 @@ for part in "${parts[@]}"; do
     case $part in
     tests)
         # Whole models in fp32 against the float64 reference run on whatever device there is: here, on the GPU.
-        "$PYTHON" -m pytest -n 12 --dist worksteal -q -rA --durations 15 -p no:cacheprovider \
-            -m "gpu or not slow" -k "gpu or test_reference or test_documents" --tb short \
-            tests/gpu tests/ops tests/model/test_reference.py tests/model/test_documents.py \
-            >"$RESULTS/tests.log" 2>&1 || status=1
-        grep -E "^(FAILED|ERROR|SKIPPED)|passed|failed" "$RESULTS/tests.log" | cut -c 1-300 | tail -60
+        timeout "${TESTS_SECONDS:-240}" "$PYTHON" -m pytest -n 12 --dist worksteal -q --durations 15 --tb short \
+            -p no:cacheprovider -p benchmarks.gpu.journal --journal "$RESULTS/tests.txt" \
+            -m "gpu or not slow" -k "gpu or test_model_is or test_bf16 or as_if_alone" \
+            tests/ops tests/gpu tests/model/test_reference.py tests/model/test_documents.py >"$RESULTS/tests.log" 2>&1 \
+            || status=1
+        grep -E "^(PASSED|FAILED|ERROR|SKIPPED) " "$RESULTS/tests.txt" | cut -d " " -f 1 | sort | uniq -c
+        grep -E "^FAILED " "$RESULTS/tests.txt" | cut -c 1-200 | tail -60
         ;;
     speed) timeout 560 "$PYTHON" -m benchmarks.gpu --output "$RESULTS" "$@" || status=1 ;;
     *) echo "benchmarks/gpu.sh: $part: give tests or speed"; exit 2 ;;

@@ -52,6 +52,10 @@ GUARDED = {
         ("core/optimizer/distrib_optimizer.py", "DistributedOptimizer.state_dict", "8881ca2f5638"),
         ("core/optimizer/distrib_optimizer.py", "DistributedOptimizer.load_state_dict", "5c2af1e56e0b"),
     ],
+    "_weight_gradients_without_apex": [
+        ("core/tensor_parallel/layers.py", "LinearWithGradAccumulationAndAsyncCommunication", "6143fe8d2e29"),
+        ("core/utils.py", "drain_embedding_wgrad_compute", "79dbae0b43f4"),
+    ],
     "_fp32_parameters_first": [
         ("core/optimizer/distrib_optimizer.py", "DistributedOptimizer._build_optimizer_group_ranges", "41e95fbf717f"),
         (
@@ -250,6 +254,35 @@ def check_data_loader_with_own_generator() -> None:
     megatron_patches._data_loader_with_own_generator()
     assert not draws()
     assert training.build_pretraining_data_loader(None, 0) is None
+
+
+def check_weight_gradients_without_apex() -> None:
+    """Megatron refuses the fusion; with the patch, `main_grad` is the sum of the micro-batches' gradients."""
+    from megatron.core.tensor_parallel import ColumnParallelLinear
+    from megatron.core.transformer import TransformerConfig
+
+    from archscale_megatron import megatron_patches
+
+    initialize_distributed()
+    config = TransformerConfig(
+        num_layers=1, hidden_size=8, num_attention_heads=1, gradient_accumulation_fusion=True
+    )  # fmt: skip
+
+    def linear() -> ColumnParallelLinear:
+        return ColumnParallelLinear(8, 6, config=config, init_method=torch.nn.init.normal_, bias=False)
+
+    with pytest.raises(RuntimeError, match="fused_weight_gradient_mlp_cuda"):
+        linear()
+    megatron_patches._weight_gradients_without_apex()
+    layer = linear()
+    weight = layer.weight
+    weight.main_grad, weight.grad_added_to_main_grad = torch.zeros(6, 8), False
+    inputs, grads = torch.randn(2, 5, 3, 8), torch.randn(2, 5, 3, 6)
+    for x, grad in zip(inputs, grads, strict=True):
+        layer(x)[0].backward(grad)
+    assert weight.grad_added_to_main_grad
+    expected = torch.einsum("msbo,msbi->oi", grads.double(), inputs.double())
+    assert (weight.main_grad - expected).abs().max() < 1e-5
 
 
 def check_optimizer_state_without_gathering() -> None:

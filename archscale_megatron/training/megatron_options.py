@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from importlib.util import find_spec
+import os
 from typing import Any
 
+import torch
 from megatron.core.transformer.enums import AttnBackend
 
 from archscale_megatron import cpu
 from archscale_megatron.archs.architecture import MOE, Architecture
 from archscale_megatron.layers.backend import HAVE_TE
+from archscale_megatron.ops import weight_gradient
 from archscale_megatron.training.experts import EXPERT_RECOMPUTE_MODULES, FIXED_EXPERTS, expert_dimensions
 
 VOCABULARY_MULTIPLE = 64  # ArchScale's padding
@@ -101,7 +103,7 @@ def defaults(args: argparse.Namespace) -> dict[str, Any]:
         "eval_interval": 1000,
         "transformer_impl": "transformer_engine" if HAVE_TE else "local",
         "apply_rope_fusion": HAVE_TE,  # Megatron's fused RoPE is Transformer Engine's
-        "gradient_accumulation_fusion": _installed("fused_weight_gradient_mlp_cuda"),
+        "gradient_accumulation_fusion": not cpu.ACTIVE and weight_gradient.available(_device()),
         "cross_entropy_loss_fusion": not args.deterministic_mode,  # which Megatron then refuses
         "masked_softmax_fusion": False,  # our attention has no separate softmax
         "no_persist_layer_norm": True,
@@ -112,7 +114,6 @@ def defaults(args: argparse.Namespace) -> dict[str, Any]:
             "distributed_backend": "gloo",
             "moe_token_dispatcher_type": "allgather",  # all-to-all needs more of gloo than it has
             "transformer_impl": "local",
-            "gradient_accumulation_fusion": False,
             "bias_swiglu_fusion": False,
             "bias_dropout_fusion": False,
             "cross_entropy_loss_fusion": False,
@@ -120,5 +121,6 @@ def defaults(args: argparse.Namespace) -> dict[str, Any]:
     return chosen
 
 
-def _installed(module: str) -> bool:
-    return find_spec(module) is not None
+def _device() -> torch.device:
+    """This rank's GPU, which Megatron makes the current one later."""
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))

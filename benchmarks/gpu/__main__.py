@@ -38,7 +38,7 @@ MODELS = {
     "mambay2 d16": Settings("mambay2", 16, micro_batch=2),
     "sgdny d16": Settings("sgdny", 16, micro_batch=2),
 }
-TINY = "--aspect-ratio 16 --head-dim 16 --num-heads 8 --num-kv-heads 4 --local-window 32 --vocab-size 256".split()
+TINY = ["--aspect-ratio", "16", "--head-dim", "16", "--num-heads", "8", "--num-kv-heads", "4", "--local-window", "32", "--vocab-size", "256"]
 
 
 def rehearsal(settings: Settings) -> Settings:
@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--only", choices=("kernels", "steps"), nargs="+", default=["kernels", "steps"])
     parser.add_argument("--models", nargs="+", metavar="WORD", help="models whose names hold one of these words")
-    parser.add_argument("--timeout", type=float, default=120, help="seconds of one process (120)")
+    parser.add_argument("--timeout", type=int, default=90, help="seconds of one model (90)")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes on a CPU")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
@@ -82,7 +82,7 @@ def main() -> None:
     def measure(job: tuple[str, list[str]]) -> None:
         name, command = job
         began = time.perf_counter()
-        start(command, options.output / f"{re.sub('[^a-z0-9]+', '-', name.lower())}.log", options.timeout)
+        start(command, options.output / f"{re.sub('[^a-z0-9]+', '-', name.lower())}.log", 3 * options.timeout)
         print(f"{name}: {time.perf_counter() - began:.0f} s", flush=True)
 
     jobs: list[tuple[str, list[str]]] = []
@@ -91,7 +91,8 @@ def main() -> None:
     if "steps" in options.only:
         for name, settings in MODELS.items():
             if not options.models or any(word in name for word in options.models):
-                chosen = rehearsal(settings) if options.rehearse else settings
+                chosen = dataclasses.replace(settings, seconds=options.timeout)
+                chosen = rehearsal(chosen) if options.rehearse else chosen
                 jobs.append(
                     (name, ["benchmarks.gpu.steps", name, json.dumps(dataclasses.asdict(chosen)), str(results)])
                 )

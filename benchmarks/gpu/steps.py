@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import re
+import signal
 import statistics
 import sys
 import time
@@ -47,6 +48,7 @@ class Settings:
     warm_up: int = 3
     steps: int = 7
     profiled: bool = True
+    seconds: int = 90  # after which it is given up
 
 
 def measure(settings: Settings) -> dict[str, Any]:
@@ -168,8 +170,11 @@ def kind_of(kernel: str) -> str:
     return next((kind for kind, names in KINDS.items() if re.search(names, kernel, re.IGNORECASE)), "elementwise")
 
 
+def give_up(*_: Any) -> None:
+    raise TimeoutError("not done in time")
+
+
 def main(name: str, settings: Settings, results: Path) -> None:
-    import torch  # before the lock, as all imports that take seconds
 
     from archscale_megatron import cpu
 
@@ -178,6 +183,8 @@ def main(name: str, settings: Settings, results: Path) -> None:
 
     with open(results.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the GPU is one model's at a time
+        signal.signal(signal.SIGALRM, give_up)
+        signal.alarm(settings.seconds)
         start = time.perf_counter()
         try:
             result = measure(settings)
