@@ -15,6 +15,8 @@ PYTEST := $(BIN)/python -m pytest
 # How many tests run at a time, those of one file one by one; each process computes with one thread.
 WORKERS := 2
 THREADS := OMP_NUM_THREADS=1
+# Tests for a CPU, on a machine with GPUs too.
+ON_CPU := CUDA_VISIBLE_DEVICES=
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -37,14 +39,16 @@ $(VENV)/transformers-5/.installed: $(INSTALLED) tests/hf/transformers-5.txt
 	@touch $@
 
 test: install $(VENV)/transformers-5/.installed checks ## all tests that need no GPU, after the checks
-	$(THREADS) $(PYTEST) -n $(WORKERS) --dist loadfile -m "not gpu and not slow" --durations 15 \
+	$(ON_CPU) $(THREADS) $(PYTEST) -n $(WORKERS) --dist loadfile -m "not gpu and not slow" --durations 15 \
 		--ignore tests/test_readme.py --ignore tests/test_examples.py
 
 test-slow: install ## the tests that take minutes each
-	$(THREADS) $(PYTEST) -m "slow and not gpu" --durations 15
+	$(ON_CPU) $(THREADS) $(PYTEST) -m "slow and not gpu" --durations 15
 
-test-gpu: install ## the tests that need a GPU
+# Whole models against the float64 reference run on whatever device there is: here, on the GPU.
+test-gpu: install ## the tests that need a GPU, and whole models on it
 	$(THREADS) $(PYTEST) -m gpu --durations 15
+	$(THREADS) $(PYTEST) -m "not slow" tests/model/test_reference.py tests/model/test_documents.py
 
 parity: install ## every model in every layout against one process, as a table (docs/parity.md): about half an hour
 	$(BIN)/python -m tests.parallel.compare

@@ -38,7 +38,10 @@ MODELS = {
     "mambay2 d16": Settings("mambay2", 16, micro_batch=2),
     "sgdny d16": Settings("sgdny", 16, micro_batch=2),
 }
-TINY = ["--aspect-ratio", "16", "--head-dim", "16", "--num-heads", "8", "--num-kv-heads", "4", "--local-window", "32", "--vocab-size", "256"]
+TINY = (
+    "--aspect-ratio", "16", "--head-dim", "16", "--num-heads", "8", "--num-kv-heads", "4", "--local-window", "32",
+    "--vocab-size", "256",
+)  # fmt: skip
 
 
 def rehearsal(settings: Settings) -> Settings:
