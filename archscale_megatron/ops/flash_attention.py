@@ -1,8 +1,5 @@
 """Causal attention by the flash kernels of a GPU, for fp16 and bf16: cuDNN's, flash-attn's, or torch's copy of it."""
 
-import functools
-import warnings
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -11,6 +8,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from archscale_megatron.ops.documents import cumulative_lengths
+from archscale_megatron.ops.packages import aligned, optional
 
 # cuDNN compiles a kernel for each shape that it meets. Sequences of training are multiples of this many tokens, and few
 # of the texts of all lengths in an evaluation are.
@@ -39,12 +37,12 @@ def flash_attention(
     memory.
     """
     s, b = query.shape[:2]
-    query, key, value = (_aligned(x) for x in (query, key, value))
+    query, key, value = (aligned(x) for x in (query, key, value))
     if window is not None and window >= s:
         window = None
     if window is None and document_starts is None and not dropout_p and s % CUDNN_TOKENS == 0:
         return _cudnn(query, key, value, softmax_scale)
-    flash = _torch_flash if _flash_attn() is None else _flash_attn_flash
+    flash = _torch_flash if optional("flash_attn") is None else _package_flash
     if document_starts is None:
         # Batch rows become heads, as a view: query head i of row r is r n_q + i, and its key head r n_kv + i // group
         # is (r n_q + i) // group. The output and its gradient are then contiguous, as the backward kernel needs them.
@@ -54,13 +52,6 @@ def flash_attention(
     ends = cumulative_lengths(document_starts)
     query, key, value = (x.transpose(0, 1).flatten(0, 1) for x in (query, key, value))
     return flash(query, key, value, softmax_scale, window, dropout_p, ends, s).unflatten(0, (b, s)).transpose(0, 1)
-
-
-def _aligned(x: Tensor) -> Tensor:
-    """x [..., head_dim], copied unless its heads lie where the kernels' loads of 16 bytes find them."""
-    steps = [stride for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
-    in_place = x.stride(-1) == 1 and all(n % 8 == 0 for n in (x.storage_offset(), *steps))
-    return x if in_place else x.clone(memory_format=torch.contiguous_format)
 
 
 def _cudnn(query: Tensor, key: Tensor, value: Tensor, softmax_scale: float) -> Tensor:
@@ -94,7 +85,7 @@ def _torch_flash(
     )[0]  # fmt: skip
 
 
-def _flash_attn_flash(
+def _package_flash(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -104,8 +95,9 @@ def _flash_attn_flash(
     ends: Tensor | None = None,
     longest: int = 0,
 ) -> Tensor:
-    """As `_torch_flash`."""
-    package: Any = _flash_attn()
+    """As `_torch_flash`, by flash-attn."""
+    from flash_attn import flash_attn_func, flash_attn_varlen_func
+
     options: dict[str, Any] = {
         "dropout_p": dropout_p,
         "softmax_scale": softmax_scale,
@@ -113,17 +105,5 @@ def _flash_attn_flash(
         "window_size": (-1, -1) if window is None else (window - 1, 0),
     }
     if ends is None:
-        return package.flash_attn_func(query, key, value, **options)
-    return package.flash_attn_varlen_func(query, key, value, ends, ends, longest, longest, **options)
-
-
-@functools.cache
-def _flash_attn() -> ModuleType | None:
-    """The package flash-attn, if it is installed and loads."""
-    try:
-        import flash_attn
-    except Exception as error:
-        if not (isinstance(error, ModuleNotFoundError) and error.name == "flash_attn"):
-            warnings.warn(f"flash-attn does not load, torch's flash kernel takes its place: {error!r}", stacklevel=2)
-        return None
-    return flash_attn
+        return flash_attn_func(query, key, value, **options)
+    return flash_attn_varlen_func(query, key, value, ends, ends, longest, longest, **options)
