@@ -1,7 +1,5 @@
 """Causal attention: full or sliding window, grouped heads, packed documents, memory linear in length."""
 
-import functools
-import importlib.util
 from typing import Any
 
 import torch
@@ -9,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from archscale_megatron.ops.documents import check_document_starts, cumulative_lengths
+from archscale_megatron.ops.flash_attention import flash_attention, flash_serves
 
 
 def attention(
@@ -24,7 +23,7 @@ def attention(
 ) -> Tensor:
     """softmax(softmax_scale * Q K^T) V over the tokens that each token may see: itself and those before it.
 
-    flash-attn computes it where installed, for fp16 and bf16 on a GPU; torch's scaled_dot_product_attention
+    Flash kernels compute it for fp16 and bf16 on a GPU (`ops.flash_attention`), torch's scaled_dot_product_attention
     elsewhere. No [s, s] matrix is made, with one exception: torch has no fused kernel for dropout on a CPU,
     so full attention with `dropout_p` > 0 keeps its probabilities there.
 
@@ -57,10 +56,10 @@ def attention(
     # Fused kernels want equal head dimensions. Zeros add nothing to a logit, and give columns to cut off.
     d_v = value.shape[-1]
     head_dim = max(query.shape[-1], d_v)
+    attend = _torch
+    if flash_serves(query, head_dim):
+        attend, head_dim = flash_attention, head_dim + -head_dim % 8
     query, key, value = (_widen(x, head_dim) for x in (query, key, value))
-
-    half = query.dtype in (torch.float16, torch.bfloat16)
-    attend = _flash_attn if query.is_cuda and half and _flash_attn_installed() else _torch
     return attend(query, key, value, softmax_scale, window, document_starts, dropout_p)[..., :d_v]
 
 
@@ -120,38 +119,6 @@ def _check_arguments(
 def _widen(x: Tensor, head_dim: int) -> Tensor:
     missing = head_dim - x.shape[-1]
     return F.pad(x, (0, missing)) if missing else x
-
-
-@functools.cache
-def _flash_attn_installed() -> bool:
-    # Not try/except: an installed package that fails to load must be heard of.
-    return importlib.util.find_spec("flash_attn") is not None
-
-
-def _flash_attn(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    softmax_scale: float,
-    window: int | None,
-    document_starts: Tensor | None,
-    dropout_p: float,
-) -> Tensor:
-    from flash_attn import flash_attn_func, flash_attn_varlen_func
-
-    s, b = query.shape[:2]
-    query, key, value = (x.transpose(0, 1) for x in (query, key, value))  # [b, s, heads, head_dim]
-    options: dict[str, Any] = {
-        "dropout_p": dropout_p,
-        "softmax_scale": softmax_scale,
-        "causal": True,
-        "window_size": (-1, -1) if window is None else (window - 1, 0),
-    }
-    if document_starts is None:
-        return flash_attn_func(query, key, value, **options).transpose(0, 1)
-    ends = cumulative_lengths(document_starts)
-    packed = (x.flatten(0, 1) for x in (query, key, value))
-    return flash_attn_varlen_func(*packed, ends, ends, s, s, **options).unflatten(0, (b, s)).transpose(0, 1)
 
 
 def _torch(

@@ -1,13 +1,13 @@
 """Causal depthwise convolution over time: the short one in front of a Mamba or gated delta net scan."""
 
-import functools
-import importlib.util
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from archscale_megatron.ops.documents import check_document_starts, document_ids
+from archscale_megatron.ops.packages import aligned, optional
 
 
 def causal_conv1d(
@@ -20,8 +20,9 @@ def causal_conv1d(
 ) -> Tensor:
     """y_t = activation(sum_j weight[:, 0, k - 1 - j] x_{t-j} + bias), j from 0 to k - 1.
 
-    What precedes the sequence or the token's document is zero. Sums are fp32 (float64 if x is). The
-    causal-conv1d package computes it on a GPU where installed, torch elsewhere.
+    What precedes the sequence or the token's document is zero. Sums are fp32 (float64 if x is). The package
+    causal-conv1d computes it on a GPU where it is installed and made for such a convolution, our Triton kernel where it
+    is not, torch elsewhere.
 
     Args:
         x: [s, b, d].
@@ -37,10 +38,16 @@ def causal_conv1d(
         ValueError: shapes that do not fit, an unknown activation, or document_starts that is not bool [s, b].
     """
     _check_arguments(x, weight, bias, document_starts, activation)
-    # The package's kernels are made for 2 to 4 taps.
-    if x.is_cuda and 2 <= weight.shape[-1] <= 4 and x.dtype != torch.float64 and _causal_conv1d_installed():
-        return _cuda(x, weight, bias, document_starts, activation)
-    return _torch(x, weight, bias, document_starts, activation)
+    return _kernel(x, weight)(x, weight, bias, document_starts, activation)
+
+
+def _kernel(x: Tensor, weight: Tensor) -> Callable[..., Tensor]:
+    if x.is_cuda and x.dtype != torch.float64:
+        if 2 <= weight.shape[-1] <= 4 and x.shape[-1] % 8 == 0 and optional("causal_conv1d"):
+            return _package
+        if optional("triton"):
+            return _triton
+    return _torch
 
 
 def _check_arguments(
@@ -59,21 +66,23 @@ def _check_arguments(
         check_document_starts(document_starts, *x.shape[:2])
 
 
-@functools.cache
-def _causal_conv1d_installed() -> bool:
-    # Not try/except: an installed package that fails to load must be heard of.
-    return importlib.util.find_spec("causal_conv1d") is not None
-
-
-def _cuda(
+def _package(
     x: Tensor, weight: Tensor, bias: Tensor | None, document_starts: Tensor | None, activation: str | None
 ) -> Tensor:
     from causal_conv1d import causal_conv1d_fn
 
     seq_idx = None if document_starts is None else document_ids(document_starts).t().contiguous()
     # The kernel takes [b, d, s], and document ids only where d is the dense dimension, as it is here.
-    y = causal_conv1d_fn(x.permute(1, 2, 0), weight.squeeze(1), bias, seq_idx=seq_idx, activation=activation)
+    y = causal_conv1d_fn(aligned(x).permute(1, 2, 0), weight.squeeze(1), bias, seq_idx=seq_idx, activation=activation)
     return y.permute(2, 0, 1)
+
+
+def _triton(
+    x: Tensor, weight: Tensor, bias: Tensor | None, document_starts: Tensor | None, activation: str | None
+) -> Tensor:
+    from archscale_megatron.ops.causal_conv_triton import causal_conv1d_triton
+
+    return causal_conv1d_triton(x, weight, bias, document_starts, activation)
 
 
 def _torch(

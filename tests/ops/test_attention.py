@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from archscale_megatron.ops import flash_attention
 from archscale_megatron.ops.attention import attention
 
 
@@ -46,26 +47,39 @@ def inputs(s, b, n_q, n_kv, d, d_v, dtype=torch.float32, device="cpu"):
 
 def difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Largest error over the largest expected number, or over 1 where all are 0 (window 1: no gradient)."""
-    return (actual.double() - expected).abs().max().item() / (expected.abs().max().item() or 1.0)
+    return (actual.cpu().double() - expected).abs().max().item() / (expected.abs().max().item() or 1.0)
 
 
 def assert_matches_reference(leaves, grad, tolerance=1e-5, **options):
     """`leaves` are query, key, value and, as the case may be, sink."""
 
     def split(given):
-        return given[:3], dict(zip(["sink"], given[3:], strict=False)) | options
+        on_its_device = {k: v.to(given[0].device) if torch.is_tensor(v) else v for k, v in options.items()}
+        return given[:3], dict(zip(["sink"], given[3:], strict=False)) | on_its_device
 
     arguments, actual_options = split(leaves)
     actual = attention(*arguments, softmax_scale=0.3, **actual_options)
-    exact = [x.detach().double().requires_grad_() for x in leaves]
+    exact = [x.detach().cpu().double().requires_grad_() for x in leaves]
     arguments, expected_options = split(exact)
     expected = reference(*arguments, 0.3, **expected_options)
     assert actual.dtype == leaves[0].dtype
     assert difference(actual, expected) < tolerance
     actual_grads = torch.autograd.grad(actual, leaves, grad)
-    expected_grads = torch.autograd.grad(expected, exact, grad.double())
+    expected_grads = torch.autograd.grad(expected, exact, grad.cpu().double())
     for a, e in zip(actual_grads, expected_grads, strict=True):
         assert difference(a, e) < tolerance
+    return actual
+
+
+def kernels_behind(output: torch.Tensor) -> set[str]:
+    """Names of the operations whose gradients lead to `output`."""
+    names, nodes = set(), [output.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is not None:
+            names.add(node.name())
+            nodes += [earlier for earlier, _ in node.next_functions]
+    return names
 
 
 HEADS = [(4, 4, 8, 8), (8, 2, 8, 8), (8, 2, 8, 16), (4, 1, 16, 8)]  # n_q, n_kv, d, d_v
@@ -213,23 +227,88 @@ def test_wrong_arguments_are_refused() -> None:
             attention(*arguments, softmax_scale=1.0, **options)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("heads", [(8, 2, 64, 64), (8, 2, 64, 128)])
-@pytest.mark.parametrize(("window", "with_sink"), [(None, False), (None, True), (1, False), (50, False)])
-@pytest.mark.parametrize("with_documents", [False, True])
-def test_flash_attn_equals_torch(heads, window, with_sink, with_documents) -> None:
-    pytest.importorskip("flash_attn")
+@pytest.fixture
+def cuda() -> str:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    leaves, grad = inputs(200, 2, *heads, torch.bfloat16, "cuda")
+    return "cuda"
+
+
+@pytest.fixture(params=["torch", "flash_attn"])
+def flash(request, monkeypatch, cuda) -> str:
+    """The name of the gradient of torch's flash kernel, and of the package's."""
+    if request.param == "torch":
+        monkeypatch.setattr(flash_attention, "optional", lambda name: None)
+        return "FlashAttentionBackward0"
+    if flash_attention.optional("flash_attn") is None:
+        pytest.skip("no package flash-attn that loads")
+    return "FlashAttn"
+
+
+GPU_HEADS = [(8, 2, 64, 64), (4, 4, 128, 128), (4, 2, 64, 128), (4, 1, 128, 256)]
+GPU_BF16 = 2e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", GPU_HEADS)
+@pytest.mark.parametrize("s", [128, 256])
+def test_cudnn(cuda, heads, s) -> None:
+    out = assert_matches_reference(*inputs(s, 2, *heads, torch.bfloat16, cuda), tolerance=GPU_BF16)
+    assert "ScaledDotProductCudnnAttentionBackward0" in kernels_behind(out)
+    assert out.is_contiguous()  # so that its heads are flattened in place
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", GPU_HEADS)
+@pytest.mark.parametrize("window", [None, 1, 50, 1000])
+@pytest.mark.parametrize("with_documents", [False, True])
+def test_flash(flash, heads, window, with_documents) -> None:
     starts = two_rows_of_documents(200).cuda() if with_documents else None
-    if with_sink:
-        leaves.append(torch.linspace(-2, 3, heads[0], dtype=torch.bfloat16, device="cuda").requires_grad_())
-    exact = [x.detach().float().requires_grad_() for x in leaves]  # fp32: the torch path
-    results = []
-    for given in (leaves, exact):
-        sink = given[3] if with_sink else None
-        out = attention(*given[:3], softmax_scale=0.125, window=window, document_starts=starts, sink=sink)
-        results.append([out, *torch.autograd.grad(out, given, grad.to(out.dtype))])
-    for a, e in zip(*results, strict=True):
-        assert difference(a, e.double()) < 2e-2
+    leaves, grad = inputs(200, 2, *heads, torch.bfloat16, "cuda")
+    out = assert_matches_reference(leaves, grad, GPU_BF16, window=window, document_starts=starts)
+    assert any(name.startswith(flash) for name in kernels_behind(out))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", GPU_HEADS[:3])
+@pytest.mark.parametrize("with_documents", [False, True])
+def test_flash_with_a_sink(flash, heads, with_documents) -> None:
+    leaves, grad = inputs(200, 2, *heads, torch.bfloat16, "cuda")
+    sink = torch.linspace(-2, 3, heads[0], dtype=torch.bfloat16, device="cuda").requires_grad_()
+    starts = two_rows_of_documents(200).cuda() if with_documents else None
+    out = assert_matches_reference([*leaves, sink], grad, GPU_BF16, document_starts=starts)
+    assert any(name.startswith(flash) for name in kernels_behind(out))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("s", [1, 2])
+@pytest.mark.parametrize("window", [None, 1])
+def test_flash_of_few_tokens(flash, s, window) -> None:
+    assert_matches_reference(*inputs(s, 2, 4, 2, 64, 64, torch.bfloat16, "cuda"), tolerance=GPU_BF16, window=window)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 5])
+def test_flash_drops_the_same_weights_in_both_passes(flash, window) -> None:
+    s = 64
+    query = key = torch.zeros(s, 1, 1, s, dtype=torch.bfloat16, device="cuda")
+    value = torch.eye(s, dtype=torch.bfloat16, device="cuda").view(s, 1, 1, s).requires_grad_()
+    grad = torch.randn(s, 1, 1, s, device="cuda").bfloat16()
+    kept = []
+    for _ in range(100):
+        weights = attention(query, key, value, softmax_scale=1.0, window=window, dropout_p=0.25)
+        (value_grad,) = torch.autograd.grad(weights, value, grad)
+        expected = weights.squeeze().double().t() @ grad.squeeze().double()
+        assert difference(value_grad.squeeze(), expected.cpu()) < GPU_BF16
+        kept.append(weights.squeeze() > 0)
+    visible = attention(query, key, value, softmax_scale=1.0, window=window).squeeze() > 0
+    assert torch.stack(kept)[:, visible].double().mean().item() == pytest.approx(0.75, abs=0.02)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", GPU_HEADS[::2])
+@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize("with_documents", [False, True])
+def test_fp32_on_a_gpu(cuda, heads, window, with_documents) -> None:
+    starts = two_rows_of_documents(200).cuda() if with_documents else None
+    assert_matches_reference(*inputs(200, 2, *heads, device=cuda), window=window, document_starts=starts)
