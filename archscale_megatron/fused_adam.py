@@ -12,7 +12,8 @@ import torch
 
 
 class FusedAdam(torch.optim.Optimizer):
-    """Adam (arXiv 1412.6980) or AdamW (arXiv 1711.05101), the trajectory of torch.optim.AdamW bit for bit.
+    """Adam (arXiv 1412.6980) or AdamW (arXiv 1711.05101), the trajectory of torch.optim.AdamW bit for bit: on a CPU of
+    its `foreach=True`, on a GPU of its `fused=True`, which reads and writes each number once.
 
     Args:
         params: parameters, or groups of them with their own `lr`, `betas`, `eps`, `weight_decay`.
@@ -58,15 +59,26 @@ class FusedAdam(torch.optim.Optimizer):
         params = [p for p in group["params"] if p.grad is not None]
         if not params:
             return
-        lr, eps, weight_decay = group["lr"], group["eps"], group["weight_decay"]
-        beta1, beta2 = group["betas"]
         for p in params:
             if not self.state[p]:
                 self.state[p].update(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
         grads: Any = [p.grad for p in params]
         exp_avgs = [self.state[p]["exp_avg"] for p in params]
         exp_avg_sqs = [self.state[p]["exp_avg_sq"] for p in params]
+        update = self._fused_update if _fused_kernel_serves(params) else self._foreach_update
+        update(group, step, params, grads, exp_avgs, exp_avg_sqs)
 
+    def _fused_update(self, group: dict[str, Any], step: int, params: Any, *others: Any) -> None:
+        kernel: Any = torch._fused_adamw_ if self.adam_w_mode else torch._fused_adam_
+        options = {name: group[name] for name in ("lr", "weight_decay", "eps")} | {"amsgrad": False, "maximize": False}
+        steps = [torch.full((), step, dtype=torch.float32, device=params[0].device)] * len(params)
+        kernel(params, *others, [], steps, beta1=group["betas"][0], beta2=group["betas"][1], **options)
+
+    def _foreach_update(
+        self, group: dict[str, Any], step: int, params: Any, grads: Any, exp_avgs: Any, exp_avg_sqs: Any
+    ) -> None:
+        lr, eps, weight_decay = group["lr"], group["eps"], group["weight_decay"]
+        beta1, beta2 = group["betas"]
         if weight_decay and self.adam_w_mode:
             torch._foreach_mul_(params, 1 - lr * weight_decay)
         elif weight_decay:
@@ -78,3 +90,8 @@ class FusedAdam(torch.optim.Optimizer):
         torch._foreach_div_(denominators, (1 - beta2**step) ** 0.5)
         torch._foreach_add_(denominators, eps)
         torch._foreach_addcdiv_(params, exp_avgs, denominators, -lr / (1 - beta1**step))
+
+
+def _fused_kernel_serves(params: list[Any]) -> bool:
+    """On one GPU and in one dtype, as Megatron's master weights are."""
+    return params[0].is_cuda and len({(p.device, p.dtype) for p in params}) == 1

@@ -15,7 +15,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from archscale_megatron.ops import attention, causal_conv, selective_scan
+from archscale_megatron.ops import attention, causal_conv, fused, selective_scan
 from archscale_megatron.ops.documents import document_ids
 
 _SCAN_CHUNK = 2048  # steps between the states that mamba_ssm keeps (csrc/selective_scan/selective_scan.cpp, n_chunks)
@@ -24,8 +24,9 @@ _SCAN_CHUNK = 2048  # steps between the states that mamba_ssm keeps (csrc/select
 @contextlib.contextmanager
 def fused_kernels() -> Iterator[None]:
     """Flash attention, causal-conv1d and mamba_ssm in the place of the ops' torch code, for bf16 and fp16 tensors; for
-    documents our Triton scan, as mamba_ssm knows none."""
+    documents our Triton scan, as mamba_ssm knows none. Our kernels between matrix products, for every dtype."""
     with (
+        mock.patch.object(fused, "kernels", lambda name, *tensors: _NoKernels()),
         _instead(attention, "_torch", _flash_attention),
         _instead(causal_conv, "_torch", _causal_conv1d),
         mock.patch.object(selective_scan, "_usable_backends", _scan_backends),
@@ -48,6 +49,13 @@ class _NotLaunched:
     """A Triton kernel that does nothing to the tensors made for it."""
 
     def __getitem__(self, grid: Any) -> Any:
+        return lambda *args, **options: None
+
+
+class _NoKernels:
+    """A module whose functions write nothing into the tensors that they are given."""
+
+    def __getattr__(self, name: str) -> Any:
         return lambda *args, **options: None
 
 

@@ -11,11 +11,11 @@ from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.nn import functional as F
 
 from archscale_megatron.layers.backend import parameter_options
 from archscale_megatron.layers.core_attention import CoreAttention
 from archscale_megatron.layers.norm import RMSNorm
+from archscale_megatron.ops.norm import norm
 
 
 class PairNorm(RMSNorm):
@@ -27,10 +27,9 @@ class PairNorm(RMSNorm):
         self.tp_group = tp_group
         self.weight.sequence_parallel = False  # type: ignore[attr-defined]  # not to be summed twice
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., hidden_size] -> the same shape and dtype."""
-        weight = copy_to_tensor_model_parallel_region(self.weight, self.tp_group)
-        return F.rms_norm(x, weight.shape, weight.to(x.dtype), self.eps)
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # without a residual
+        """[..., hidden_size] -> the same shape and dtype, which are the weight's."""
+        return norm(x, copy_to_tensor_model_parallel_region(self.weight, self.tp_group), None, self.eps)[0]
 
 
 class DifferentialAttention(CoreAttention):

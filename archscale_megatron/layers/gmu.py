@@ -10,12 +10,12 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
-from torch.nn import functional as F
 
 from archscale_megatron.archs.architecture import Payload
 from archscale_megatron.layers.backend import Linear, build_in_proj, build_out_proj, with_bias
 from archscale_megatron.layers.norm import GatedRMSNorm
 from archscale_megatron.layers.shared_state import SequenceContext, SharedState
+from archscale_megatron.ops.gate import silu_gate
 
 
 @dataclass
@@ -59,7 +59,7 @@ class GatedMemoryUnit(MegatronModule):
         memory: Tensor = state.memory  # type: ignore[assignment]  # written before
         if self.norm is not None:
             return self.out_proj(self.norm(memory, gate))
-        return self.out_proj((F.silu(gate.float()) * memory).to(gate.dtype))
+        return self.out_proj(silu_gate(gate, memory))
 
 
 def gmu_spec(backend: BackendSpecProvider, memory_size: int, normalize: bool, bias: bool) -> ModuleSpec:

@@ -55,11 +55,12 @@ class HybridLayer(MegatronModule):
 
     def forward(self, hidden_states: Tensor, state: SharedState, context: SequenceContext) -> Tensor:
         """hidden_states [s, b, h] (s / tp under sequence parallelism) -> the same shape and dtype."""
-        output, bias = self.mixer(self.norm(hidden_states), state, context)
+        normed, residual = self.norm(hidden_states, with_residual=True)
+        output, bias = self.mixer(normed, state, context)
         multiplier = self.config.architecture.residual_multiplier
         output, bias = scaled(output, multiplier), None if bias is None else scaled(bias, multiplier)
         add = get_bias_dropout_add(self.training, self.config.bias_dropout_fusion)
-        return add((output, bias), hidden_states, self.config.hidden_dropout)
+        return add((output, bias), residual, self.config.hidden_dropout)
 
 
 def scaled(x: Tensor, multiplier: float) -> Tensor:

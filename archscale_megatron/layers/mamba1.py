@@ -23,6 +23,7 @@ from archscale_megatron.archs.architecture import Payload
 from archscale_megatron.layers.backend import build_in_proj, build_out_proj, parameter_options
 from archscale_megatron.layers.recurrent import CausalConv1d, RecurrentMixer
 from archscale_megatron.layers.shared_state import SequenceContext, SharedState
+from archscale_megatron.ops.gate import silu_gate
 from archscale_megatron.ops.selective_scan import selective_scan
 
 
@@ -112,7 +113,7 @@ class Mamba1Mixer(RecurrentMixer):
         )
         if self.writes_memory:
             state.memory = y
-        return self.out_proj((F.silu(z.float()) * y).to(z.dtype))
+        return self.out_proj(silu_gate(z, y))
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

@@ -21,10 +21,13 @@ from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
 from archscale_megatron.layers.backend import parameter_options
+from archscale_megatron.ops.norm import norm
 
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in x's dtype, cast to the parameters'."""
+
+    bias: Tensor | None
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__()
@@ -32,10 +35,13 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(hidden_size, **parameter_options(config)))
         # Each rank sees its own tokens, so Megatron must sum this gradient over the TP group.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.register_parameter("bias", None)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., hidden_size] in any float dtype -> the same shape in the weights' dtype."""
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps).to(self.weight.dtype)
+    def forward(self, x: Tensor, with_residual: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """[..., hidden_size] in any float dtype -> the same shape in the weights' dtype; with the residual: and x,
+        which whoever adds to it should take from here, for the sum of its gradients (`ops.norm`)."""
+        normed, residual = norm(x, self.weight, self.bias, self.eps)
+        return (normed, residual) if with_residual else normed
 
 
 class LayerNorm(RMSNorm):
@@ -45,11 +51,6 @@ class LayerNorm(RMSNorm):
         super().__init__(config, hidden_size, eps)
         self.bias = nn.Parameter(torch.zeros(hidden_size, **parameter_options(config)))
         self.bias.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., hidden_size] in any float dtype -> the same shape in the weights' dtype."""
-        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        return F.layer_norm(x, weight.shape, weight, bias, self.eps).to(self.weight.dtype)
 
 
 def norm_class(config: TransformerConfig) -> type[RMSNorm]:

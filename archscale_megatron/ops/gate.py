@@ -1,0 +1,47 @@
+"""What a gate lets through, element by element or head by head: on a GPU in one pass each way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from archscale_megatron.ops import fused
+
+
+def silu_gate(gate: Tensor, x: Tensor) -> Tensor:
+    """silu(gate) * x, in fp32.
+
+    Args:
+        gate, x: [..., n], of one shape; cut out of larger tensors, if need be.
+
+    Returns:
+        [..., n] in the dtype of gate.
+    """
+    kernels = fused.kernels("gate", gate, x)
+    if kernels is not None:
+        return _SiluGate.apply(kernels, gate, x)
+    return (F.silu(gate.float()) * x).to(gate.dtype)
+
+
+class _SiluGate(torch.autograd.Function):
+    """Keeps its inputs."""
+
+    @staticmethod
+    def forward(ctx: Any, kernels: Any, gate: Tensor, x: Tensor) -> Tensor:
+        ctx.kernels = kernels
+        ctx.save_for_backward(gate, x)
+        y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+        kernels.silu_gate(fused.rows(gate), fused.rows(x), y)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor]:
+        gate, x = ctx.saved_tensors
+        grad_gate, grad_x = (torch.empty(v.shape, dtype=v.dtype, device=v.device) for v in (gate, x))
+        ctx.kernels.silu_gate_backward(*(fused.rows(v) for v in (grad, gate, x)), grad_gate, grad_x)
+        return None, grad_gate, grad_x

@@ -1,0 +1,139 @@
+"""Our Triton kernels between matrix products against formulas in float64: values and all gradients.
+
+Run as a script, this file checks them in Triton's interpreter, which must be chosen before Triton is imported.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from archscale_megatron.ops import fused
+from archscale_megatron.ops import norm as norm_module
+from archscale_megatron.ops.gate import silu_gate
+from archscale_megatron.ops.norm import norm
+
+ROOT = Path(__file__).parents[2]
+EPS = 1e-5
+# Of a tensor's largest value. A fp32 result rounded to bf16 is off by up to 2^-8 of itself; Triton's interpreter cuts
+# it off: up to 2^-7.
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2**-8 + 1e-5}
+CUT_OFF = TOLERANCES | {torch.bfloat16: 2**-7 + 1e-5}
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+def drawn(*shape: int, dtype: torch.dtype = FP32, strided: bool = False) -> Tensor:
+    """Normal numbers; if `strided`, the second half of rows twice as wide, as a projection in two parts leaves them."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    *rows, width = shape
+    x = torch.randn(*rows, width * (2 if strided else 1), generator=generator).to(dtype)
+    return x[..., width:] if strided else x
+
+
+def rms_norm_reference(x: Tensor, weight: Tensor) -> Tensor:
+    return x / ((x * x).mean(-1, keepdim=True) + EPS).sqrt() * weight
+
+
+def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return rms_norm_reference(x - x.mean(-1, keepdim=True), weight) + bias
+
+
+def silu(x: Tensor) -> Tensor:
+    return x / (1 + torch.exp(-x))
+
+
+def fused_rms_norm(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    return norm(x, weight, None, EPS)
+
+
+def fused_layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    return norm(x, weight, bias, EPS)
+
+
+Case = tuple[Callable, Callable, list[Tensor]]
+
+
+def cases(widths: tuple[int, ...], batch: int) -> dict[str, Case]:
+    """Name -> what is tested, its reference in float64, and the inputs."""
+    found: dict[str, Case] = {}
+    for n in widths:
+        shape = (5, batch, n)
+        stream, weight, bias = drawn(*shape) + 0.5, drawn(n) + 1, drawn(n)
+        for dtype in (FP32, BF16):
+            w, b, of = weight.to(dtype), bias.to(dtype), f"of {n} in {dtype}"
+            y, z = drawn(*shape, dtype=dtype), drawn(*shape, dtype=dtype, strided=True)
+            found |= {
+                f"rms_norm {of}": (fused_rms_norm, lambda x, w: (rms_norm_reference(x, w), x), [stream, w]),
+                f"rms_norm alone {of}": (lambda x, w: norm(x, w, None, EPS)[0], rms_norm_reference, [z, w]),
+                f"layer_norm {of}": (
+                    fused_layer_norm,
+                    lambda x, w, b: (layer_norm_reference(x, w, b), x),
+                    [stream, w, b],
+                ),
+                f"silu_gate {of}": (silu_gate, lambda gate, x: silu(gate) * x, [z, y]),
+            }
+    return found
+
+
+def value_and_gradients(function: Callable, inputs: list[Tensor]) -> dict[str, Tensor]:
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    outputs = function(*leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    # Gradients that are strided, as those of a tensor that is cut.
+    weights = [drawn(*y.shape, dtype=BF16, strided=True).to(y) for y in outputs]
+    gradients = torch.autograd.grad(outputs, leaves, weights)
+    named = {f"output {i}": y for i, y in enumerate(outputs)} | {f"gradient {i}": g for i, g in enumerate(gradients)}
+    return {name: value.detach() for name, value in named.items()}
+
+
+def compare(name: str, case: Case, device: str, tolerances: dict[torch.dtype, float]) -> None:
+    function, reference, inputs = case
+    expected = value_and_gradients(reference, [x.double() for x in inputs])
+    assert fused.kernels("norm", inputs[0].to(device)) is not None, "torch code is compared"
+    actual = value_and_gradients(function, [x.to(device) for x in inputs])
+    for what, value in expected.items():
+        got = actual[what]
+        difference = (got.cpu().double() - value).abs().max()
+        assert difference <= tolerances[got.dtype] * value.abs().max(), (name, what, difference, value.abs().max())
+
+
+def test_kernels_interpreted() -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, __file__], env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.endswith("all right\n")
+
+
+def check_in_interpreter() -> None:
+    norm_module.PROGRAMS = 2  # each sums over several tiles of rows
+    # Several narrow rows in a tile, the last one not full; a row wider than a block of elements.
+    for name, case in (cases((24,), 205) | cases((2056,), 1)).items():
+        compare(name, case, "cpu", CUT_OFF)
+    print("all right")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width, batch", [(24, 2001), (128, 4000), (1984, 301), (4096, 100), (8192, 50), (16384, 3)])
+def test_kernels_on_gpu(width: int, batch: int) -> None:
+    for name, case in cases((width,), batch).items():
+        compare(name, case, "cuda", TOLERANCES)
+
+
+@pytest.mark.gpu
+def test_gradients_of_weights_repeat_exactly() -> None:
+    for function, _, inputs in cases((1984,), 300).values():
+        first, second = (value_and_gradients(function, [x.cuda() for x in inputs]) for _ in range(2))
+        assert all(value.equal(second[name]) for name, value in first.items())
+
+
+def test_a_cpu_has_torch_code() -> None:
+    assert fused.kernels("norm", torch.ones(2)) is None
+
+
+if __name__ == "__main__":
+    check_in_interpreter()
