@@ -3,12 +3,13 @@
 import functools
 import importlib
 import os
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from archscale_megatron.ops.selective_scan_torch import scan_backward, scan_forward
 
 
 def selective_scan(
@@ -61,20 +62,22 @@ def selective_scan(
         )
     if backend == "mamba_ssm":
         return _mamba_ssm_scan(x, dt, A, B, C, D, dt_bias)
-    module = importlib.import_module(f"{__package__}.selective_scan_{backend}")
-    return _SelectiveScan.apply(module, x, dt, A, B, C, D, dt_bias, document_starts)
+    if backend == "triton":
+        from archscale_megatron.ops import selective_scan_triton
+
+        return selective_scan_triton.scan(x, dt, A, B, C, D, dt_bias, document_starts)
+    return _TorchScan.apply(x, dt, A, B, C, D, dt_bias, document_starts)
 
 
-class _SelectiveScan(torch.autograd.Function):
-    """Step sizes, dtypes and saved tensors, for a module that has `scan_forward` and `scan_backward`."""
+class _TorchScan(torch.autograd.Function):
+    """`selective_scan_torch` with step sizes, dtypes and saved tensors."""
 
     @staticmethod
-    def forward(ctx, module: ModuleType, x, dt, A, B, C, D, dt_bias, starts):
+    def forward(ctx, x, dt, A, B, C, D, dt_bias, starts):
         with torch.autocast(x.device.type, enabled=False):
             dtype = _state_dtype(x)
             delta = F.softplus(_biased(dt, dt_bias, dtype))
-            y, states = module.scan_forward(x, delta, A.to(dtype), B, C, D.to(dtype), starts)
-        ctx.module = module
+            y, states = scan_forward(x, delta, A.to(dtype), B, C, D.to(dtype), starts)
         ctx.save_for_backward(x, dt, A, B, C, D, dt_bias, starts, states)
         return y
 
@@ -86,11 +89,11 @@ class _SelectiveScan(torch.autograd.Function):
             dtype = _state_dtype(x)
             biased = _biased(dt, dt_bias, dtype)
             inputs = (x, F.softplus(biased), A.to(dtype), B, C, D.to(dtype), starts)
-            grad_x, grad_delta, *grads = ctx.module.scan_backward(dy, *inputs, states)
+            grad_x, grad_delta, *grads = scan_backward(dy, *inputs, states)
             grad_dt = grad_delta.mul_(torch.sigmoid(biased))
             grad_bias = None if dt_bias is None else grad_dt.sum((0, 1)).to(dt_bias.dtype)
         grads = [g.to(v.dtype) for g, v in zip((grad_x, grad_dt, *grads), (x, dt, A, B, C, D), strict=True)]
-        return None, *grads, grad_bias, None
+        return *grads, grad_bias, None
 
 
 def _state_dtype(x: Tensor) -> torch.dtype:

@@ -1,232 +1,164 @@
 """Selective scan in Triton, forward and backward, for any GPU.
 
-A tile is TILE time steps by BLOCK_D channels by all n states. It is scanned at once, with
-`tl.associative_scan`, and the state is carried from tile to tile. The state before each tile is kept for the
-backward pass, which first carries the state's gradient from the last tile to the first (one kernel); then all
-tiles are independent (another kernel). Nothing is added atomically: torch adds up the partial sums over
-channels or tiles, so results repeat exactly.
+Forward, a thread holds a channel's states in registers and walks through time, one step after the other, with
+the rows of the next steps already on their way; it keeps the state before every tile of TILE steps for the
+backward pass. Backward, the state's gradient walks from the last step to the first likewise, and is kept at the
+end of every tile (the carry kernel). Then all tiles are independent, and one kernel makes all gradients: it
+computes a tile's states again, and goes back through its steps.
+
+Where there are too few channels to fill a GPU, time is cut into chunks: a first pass walks through all chunks
+at once, each from a state of zero, and what it leaves gives the state at the start of each chunk.
+
+Nothing is added atomically: partial sums are added up in a fixed order, so results repeat exactly.
 """
 
 import torch
+import torch.nn.functional as F
 import triton
-import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-TILE = 32  # time steps
-STATES_PER_STEP = 64  # BLOCK_D x n: a tile of 2048 states is 16 registers a thread with 4 warps of 32
-BLOCKS_PER_PROGRAM = 32  # channel blocks whose share of dB and dC one program adds up
+from archscale_megatron.ops.selective_scan_kernels import _backward_kernel, _carry_kernel, _forward_kernel
 
-
-def scan_forward(
-    x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, starts: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """As `selective_scan_torch.scan_forward`, with the states before each tile as [tiles, b, d, n]."""
-    (length, batch, d), n = x.shape, A.shape[1]
-    x, delta, A, B, C, D = (v.contiguous() for v in (x, delta, A, B, C, D))
-    blocks = _blocks(n)
-    y = torch.empty_like(x)
-    states = delta.new_empty(triton.cdiv(length, TILE), batch, d, n)
-    grid = (triton.cdiv(d, blocks["BLOCK_D"]), batch)
-    _forward_kernel[grid](x, delta, A, B, C, D, _as_int8(starts), y, states, length, batch, d, n, **blocks)
-    return y, states
+TILE = 32  # time steps between the states that are kept
+WALK_STATES, WALK_UNROLL, WALK_WARPS = 512, 4, 1  # states of a program of the forward and carry kernels: 16 a thread
+TILE_STATES, TILE_UNROLL, TILE_WARPS = 256, 4, 1  # of the backward kernel
+BLOCKS_PER_PROGRAM = 16  # channel blocks whose share of dB and dC one program of the backward kernel adds up
+FEW_PROGRAMS, MANY_PROGRAMS = 256, 1024  # fewer walks than FEW are cut into chunks, so that they are about MANY
 
 
-def scan_backward(
-    dy: Tensor,
+def scan(
     x: Tensor,
-    delta: Tensor,
+    dt: Tensor,
     A: Tensor,
     B: Tensor,
     C: Tensor,
     D: Tensor,
+    dt_bias: Tensor | None,
     starts: Tensor | None,
-    states: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As `selective_scan_torch.scan_backward`."""
+) -> Tensor:
+    """The scan, see `selective_scan`."""
+    return _Scan.apply(x, dt, A, B, C, D, dt_bias, starts)
+
+
+class _Scan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, dt, A, B, C, D, dt_bias, starts):
+        x, dt = _regular(x), _regular(dt)
+        y, states = _scan_forward(x, dt, A, B, C, D, dt_bias, starts)
+        ctx.save_for_backward(x, dt, A, B, C, D, dt_bias, starts, states)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        inputs = ctx.saved_tensors
+        grads = _scan_backward(_regular(dy), *inputs)
+        return *(None if v is None else g.to(v.dtype) for g, v in zip(grads, inputs[:7], strict=True)), None
+
+
+def _scan_forward(x, dt, A, B, C, D, dt_bias, starts) -> tuple[Tensor, Tensor]:
+    """y [s, b, d], and the states before each tile as fp32 [tiles, b, n', d], n' being n padded."""
+    walk = _Walk(x, A)
+    B, C = walk.padded(B), walk.padded(C)
+    bias, starts = _fp32(dt_bias), _as_int8(starts)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    states = walk.empty(walk.tiles)
+    inputs = (x, dt, walk.exponents(A), B, C, _fp32(D), bias, starts, y, states)
+    strides = (x.stride(1), dt.stride(1))
+    walk.run(_forward_kernel, inputs, strides, backwards=False)
+    return y, states
+
+
+def _scan_backward(dy, x, dt, A, B, C, D, dt_bias, starts, states) -> tuple[Tensor | None, ...]:
+    """Gradients of x, dt, A, B, C, D and dt_bias."""
     (length, batch, d), n = x.shape, A.shape[1]
-    dy, x, delta, A, B, C, D = (v.contiguous() for v in (dy, x, delta, A, B, C, D))
-    starts = _as_int8(starts)
-    blocks = _blocks(n)
-    tiles, d_blocks = len(states), triton.cdiv(d, blocks["BLOCK_D"])
-    groups = triton.cdiv(d_blocks, BLOCKS_PER_PROGRAM)
+    walk = _Walk(x, A)
+    B, C = walk.padded(B), walk.padded(C)
+    bias, starts = _fp32(dt_bias), _as_int8(starts)
+    exponents = walk.exponents(A)
+    carries = walk.empty(walk.tiles)
+    walk.run(_carry_kernel, (dy, dt, exponents, C, bias, starts, carries), (dy.stride(1), dt.stride(1)), backwards=True)
 
-    carries = torch.empty_like(states)  # dL/dh of the first step after each tile
-    _carry_kernel[d_blocks, batch](dy, delta, A, C, starts, carries, length, batch, d, n, **blocks)
-
-    grad_x, grad_delta = torch.empty_like(delta), torch.empty_like(delta)
+    block_d = max(1, TILE_STATES // walk.block_n)
+    blocks = triton.cdiv(d, block_d)
+    groups = triton.cdiv(blocks, BLOCKS_PER_PROGRAM)
+    programs = walk.tiles * batch * groups
+    new = states.new_empty
+    tile_steps = new(programs, 2, TILE, block_d)
+    tile_states = new(programs, TILE // TILE_UNROLL, block_d, walk.block_n)
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    grad_dt = torch.empty_like(dt, memory_format=torch.contiguous_format)
     grad_A = torch.empty_like(states)
-    grad_B, grad_C = (delta.new_empty(groups, length, batch, n) for _ in range(2))
-    grad_D = delta.new_empty(tiles, batch, d)
-    inputs = (dy, x, delta, A, B, C, D, starts, states, carries)
-    grads = (grad_x, grad_delta, grad_A, grad_B, grad_C, grad_D)
-    # With 4 warps, its registers spill.
-    _backward_kernel[tiles, batch, groups](
-        *inputs, *grads, length, batch, d, n, BLOCKS=BLOCKS_PER_PROGRAM, num_warps=8, **blocks
-    )
-    return grad_x, grad_delta, grad_A.sum((0, 1)), grad_B.sum(0), grad_C.sum(0), grad_D.sum((0, 1))
+    grad_B, grad_C = (new(groups, length, batch, walk.block_n) for _ in range(2))
+    grad_D, grad_bias = (new(walk.tiles, batch, d) for _ in range(2))
+    _backward_kernel[walk.tiles, batch, groups](
+        dy, x, dt, exponents, B, C, _fp32(D), bias, starts, states, carries, tile_steps, tile_states,
+        grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D, grad_bias,
+        length, batch, d, dy.stride(1), x.stride(1), dt.stride(1),
+        BLOCKS=BLOCKS_PER_PROGRAM, TILE=TILE, UNROLL=TILE_UNROLL, BLOCK_D=block_d, BLOCK_N=walk.block_n,
+        EVEN_D=d % block_d == 0, num_warps=TILE_WARPS,
+    )  # fmt: skip
+    grad_A = grad_A.sum((0, 1))[:n].t()
+    grad_B, grad_C = (v.sum(0)[..., :n] for v in (grad_B, grad_C))
+    grad_D, grad_bias = (v.sum((0, 1)) for v in (grad_D, grad_bias))
+    return grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D, grad_bias
 
 
-def _blocks(n: int) -> dict[str, int]:
-    block_n = triton.next_power_of_2(n)
-    return {"TILE": TILE, "BLOCK_D": max(1, STATES_PER_STEP // block_n), "BLOCK_N": block_n}
+class _Walk:
+    """How the forward and carry kernels walk through time."""
+
+    def __init__(self, x: Tensor, A: Tensor) -> None:
+        (length, self.batch, self.d), n = x.shape, A.shape[1]
+        self.length, self.device = length, x.device
+        self.block_n = triton.next_power_of_2(n)
+        self.block_d = max(1, WALK_STATES // self.block_n)
+        self.d_blocks = triton.cdiv(self.d, self.block_d)
+        self.tiles = triton.cdiv(length, TILE)
+        programs = self.d_blocks * self.batch
+        chunks = 1 if programs >= FEW_PROGRAMS else triton.cdiv(MANY_PROGRAMS, programs)
+        self.chunk_tiles = triton.cdiv(self.tiles, chunks)
+        self.chunks = triton.cdiv(self.tiles, self.chunk_tiles)
+
+    def padded(self, v: Tensor) -> Tensor:
+        """B or C as fp32 [s, b, n'], dense: small beside the rest, and read again for every block of channels."""
+        return F.pad(v.float(), (0, self.block_n - v.shape[-1])).contiguous()
+
+    def exponents(self, A: Tensor) -> Tensor:
+        """A log2(e), as fp32 [n', d]: the kernels compute exp(delta A) as a power of 2."""
+        return F.pad(A.float().t() * 1.4426950408889634, (0, 0, 0, self.block_n - A.shape[1])).contiguous()
+
+    def empty(self, *shape: int) -> Tensor:
+        return torch.empty(*shape, self.batch, self.block_n, self.d, dtype=torch.float32, device=self.device)
+
+    def run(self, kernel, tensors: tuple, strides: tuple[int, int], backwards: bool) -> None:
+        """Walk through all chunks; where each begins is found by a first pass, if there are several."""
+        states, decays = self.empty(self.chunks), self.empty(self.chunks)
+        sizes = (self.length, self.batch, self.d, *strides, self.chunk_tiles)
+        blocks = {"TILE": TILE, "UNROLL": WALK_UNROLL, "BLOCK_D": self.block_d, "BLOCK_N": self.block_n}
+        blocks |= {"EVEN_D": self.d % self.block_d == 0, "num_warps": WALK_WARPS}
+        grid = (self.d_blocks, self.batch, self.chunks)
+        if self.chunks > 1:
+            kernel[grid](*tensors, states, decays, *sizes, OUTPUT=False, **blocks)
+        order = range(self.chunks)
+        state = torch.zeros_like(states[0])
+        for k in reversed(order) if backwards else order:
+            # what the chunk makes of the state, then the state it begins with
+            after = torch.addcmul(states[k], decays[k], state) if self.chunks > 1 else state
+            states[k] = state
+            state = after
+        kernel[grid](*tensors, states, decays, *sizes, OUTPUT=True, **blocks)
+
+
+def _regular(v: Tensor) -> Tensor:
+    """v [s, b, d], copied unless its rows are dense and equally far apart."""
+    regular = v.stride(2) == 1 and v.stride(0) == v.shape[1] * v.stride(1)
+    return v if regular else v.contiguous()
+
+
+def _fp32(v: Tensor | None) -> Tensor | None:
+    return None if v is None else v.float().contiguous()
 
 
 def _as_int8(starts: Tensor | None) -> Tensor | None:
     return None if starts is None else starts.contiguous().view(torch.int8)
-
-
-# Names in the kernels end in the tile's shape: T time steps, D channels, N states. Step t of batch element i
-# is row t b + i of an [s, b, ...] tensor, in 64 bits since such tensors may pass 2^31 elements.
-
-
-@triton.jit
-def _compose(a1, b1, a2, b2):
-    """h -> a2 (a1 h + b1) + b2"""
-    return a1 * a2, a2 * b1 + b2
-
-
-@triton.jit
-def _tile(ptr, row_T, in_T, column, in_column, width):
-    """Rows of a [s, b, width] tensor in fp32, 0 outside of it."""
-    mask = in_T[:, None] & in_column[None, :]
-    return tl.load(ptr + row_T[:, None] * width + column[None, :], mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _decay(delta_TD, A_DN, starts, row_T, in_T):
-    """exp(delta A), 0 where a document starts."""
-    a_TDN = tl.exp(delta_TD[:, :, None] * A_DN[None, :, :])
-    if starts is not None:
-        start_T = tl.load(starts + row_T, mask=in_T, other=0)
-        a_TDN = tl.where(start_T[:, None, None] != 0, 0.0, a_TDN)
-    return a_TDN
-
-
-@triton.jit
-def _forward_kernel(
-    x, delta, A, B, C, D, starts, y, states, length, batch, d, n,
-    TILE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    i = tl.program_id(1)
-    step_T = tl.arange(0, TILE)
-    channel_D = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    state_N = tl.arange(0, BLOCK_N)
-    in_D, in_N = channel_D < d, state_N < n
-    in_DN = in_D[:, None] & in_N[None, :]
-    offset_DN = channel_D[:, None] * n + state_N[None, :]
-    A_DN = tl.load(A + offset_DN, mask=in_DN, other=0.0)
-    D_D = tl.load(D + channel_D, mask=in_D, other=0.0)
-
-    h_DN = tl.zeros((BLOCK_D, BLOCK_N), tl.float32)
-    for tile in range(tl.cdiv(length, TILE)):
-        tl.store(states + (tile * batch + i).to(tl.int64) * d * n + offset_DN, h_DN, mask=in_DN)
-        in_T = tile * TILE + step_T < length
-        row_T = (tile * TILE + step_T).to(tl.int64) * batch + i
-        x_TD = _tile(x, row_T, in_T, channel_D, in_D, d)
-        delta_TD = _tile(delta, row_T, in_T, channel_D, in_D, d)
-        B_TN = _tile(B, row_T, in_T, state_N, in_N, n)
-        C_TN = _tile(C, row_T, in_T, state_N, in_N, n)
-        a_TDN = _decay(delta_TD, A_DN, starts, row_T, in_T)
-        decay_TDN, h_TDN = tl.associative_scan((a_TDN, (delta_TD * x_TD)[:, :, None] * B_TN[:, None, :]), 0, _compose)
-        h_TDN += decay_TDN * h_DN[None, :, :]
-        y_TD = tl.sum(h_TDN * C_TN[:, None, :], 2) + x_TD * D_D[None, :]
-        mask = in_T[:, None] & in_D[None, :]
-        tl.store(y + row_T[:, None] * d + channel_D[None, :], y_TD.to(y.dtype.element_ty), mask=mask)
-        h_DN = tl.sum(tl.where(step_T[:, None, None] == TILE - 1, h_TDN, 0.0), 0)
-
-
-@triton.jit
-def _state_gradient(dy_TD, C_TN, delta, A_DN, starts, next_g_DN, step_T, length, batch, i, channel_D, in_D, d):
-    """g_t = C_t dy_t + a_{t+1} g_{t+1} for the tile of steps step_T; next_g is g at the step after it."""
-    in_T = step_T + 1 < length
-    row_T = (step_T + 1).to(tl.int64) * batch + i
-    a_TDN = _decay(_tile(delta, row_T, in_T, channel_D, in_D, d), A_DN, starts, row_T, in_T)
-    source_TDN = dy_TD[:, :, None] * C_TN[:, None, :]
-    decay_TDN, g_TDN = tl.associative_scan((a_TDN, source_TDN), 0, _compose, reverse=True)
-    return g_TDN + decay_TDN * next_g_DN[None, :, :]
-
-
-@triton.jit
-def _carry_kernel(
-    dy, delta, A, C, starts, carries, length, batch, d, n,
-    TILE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    i = tl.program_id(1)
-    channel_D = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    state_N = tl.arange(0, BLOCK_N)
-    in_D, in_N = channel_D < d, state_N < n
-    in_DN = in_D[:, None] & in_N[None, :]
-    offset_DN = channel_D[:, None] * n + state_N[None, :]
-    A_DN = tl.load(A + offset_DN, mask=in_DN, other=0.0)
-
-    g_DN = tl.zeros((BLOCK_D, BLOCK_N), tl.float32)
-    tiles = tl.cdiv(length, TILE)
-    for k in range(tiles):
-        tile = tiles - 1 - k
-        tl.store(carries + (tile * batch + i).to(tl.int64) * d * n + offset_DN, g_DN, mask=in_DN)
-        step_T = tile * TILE + tl.arange(0, TILE)
-        in_T = step_T < length
-        row_T = step_T.to(tl.int64) * batch + i
-        dy_TD = _tile(dy, row_T, in_T, channel_D, in_D, d)
-        C_TN = _tile(C, row_T, in_T, state_N, in_N, n)
-        g_TDN = _state_gradient(dy_TD, C_TN, delta, A_DN, starts, g_DN, step_T, length, batch, i, channel_D, in_D, d)
-        g_DN = tl.sum(tl.where(step_T[:, None, None] == tile * TILE, g_TDN, 0.0), 0)
-
-
-@triton.jit
-def _backward_kernel(
-    dy, x, delta, A, B, C, D, starts, states, carries,
-    grad_x, grad_delta, grad_A, grad_B, grad_C, grad_D, length, batch, d, n,
-    BLOCKS: tl.constexpr, TILE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    tile, i, group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    step_T = tile * TILE + tl.arange(0, TILE)
-    state_N = tl.arange(0, BLOCK_N)
-    in_T, in_N = step_T < length, state_N < n
-    row_T = step_T.to(tl.int64) * batch + i
-    tile_row = (tile * batch + i).to(tl.int64)
-    B_TN = _tile(B, row_T, in_T, state_N, in_N, n)
-    C_TN = _tile(C, row_T, in_T, state_N, in_N, n)
-    grad_B_TN = tl.zeros((TILE, BLOCK_N), tl.float32)
-    grad_C_TN = tl.zeros((TILE, BLOCK_N), tl.float32)
-
-    first_block = group * BLOCKS
-    for block in range(first_block, tl.minimum(first_block + BLOCKS, tl.cdiv(d, BLOCK_D))):
-        channel_D = block * BLOCK_D + tl.arange(0, BLOCK_D)
-        in_D = channel_D < d
-        in_DN = in_D[:, None] & in_N[None, :]
-        offset_DN = channel_D[:, None] * n + state_N[None, :]
-        A_DN = tl.load(A + offset_DN, mask=in_DN, other=0.0)
-        D_D = tl.load(D + channel_D, mask=in_D, other=0.0)
-        h_DN = tl.load(states + tile_row * d * n + offset_DN, mask=in_DN, other=0.0)
-        next_g_DN = tl.load(carries + tile_row * d * n + offset_DN, mask=in_DN, other=0.0)
-        dy_TD = _tile(dy, row_T, in_T, channel_D, in_D, d)
-        x_TD = _tile(x, row_T, in_T, channel_D, in_D, d)
-        delta_TD = _tile(delta, row_T, in_T, channel_D, in_D, d)
-
-        a_TDN = _decay(delta_TD, A_DN, starts, row_T, in_T)
-        drive_TDN = (delta_TD * x_TD)[:, :, None] * B_TN[:, None, :]
-        decay_TDN, h_TDN = tl.associative_scan((a_TDN, drive_TDN), 0, _compose)
-        h_TDN += decay_TDN * h_DN[None, :, :]
-        g_TDN = _state_gradient(
-            dy_TD, C_TN, delta, A_DN, starts, next_g_DN, step_T, length, batch, i, channel_D, in_D, d
-        )
-
-        grad_C_TN += tl.sum(h_TDN * dy_TD[:, :, None], 1)
-        grad_B_TN += tl.sum(g_TDN * (delta_TD * x_TD)[:, :, None], 1)
-        grad_drive_TD = tl.sum(g_TDN * B_TN[:, None, :], 2)
-        grad_exponent_TDN = g_TDN * (h_TDN - drive_TDN)  # the difference is a_t h_{t-1}
-        grad_delta_TD = tl.sum(grad_exponent_TDN * A_DN[None, :, :], 2) + grad_drive_TD * x_TD
-        grad_x_TD = grad_drive_TD * delta_TD + dy_TD * D_D[None, :]
-        mask = in_T[:, None] & in_D[None, :]
-        offset_TD = row_T[:, None] * d + channel_D[None, :]
-        tl.store(grad_x + offset_TD, grad_x_TD, mask=mask)
-        tl.store(grad_delta + offset_TD, grad_delta_TD, mask=mask)
-        grad_A_DN = tl.sum(grad_exponent_TDN * delta_TD[:, :, None], 0)
-        tl.store(grad_A + tile_row * d * n + offset_DN, grad_A_DN, mask=in_DN)
-        tl.store(grad_D + tile_row * d + channel_D, tl.sum(dy_TD * x_TD, 0), mask=in_D)
-
-    mask = in_T[:, None] & in_N[None, :]
-    offset_TN = (group.to(tl.int64) * length * batch + row_T)[:, None] * n + state_N[None, :]
-    tl.store(grad_B + offset_TN, grad_B_TN, mask=mask)
-    tl.store(grad_C + offset_TN, grad_C_TN, mask=mask)

@@ -267,11 +267,13 @@ def check_triton_in_interpreter():
         ((33, 1, 5, 16), torch.bfloat16, BF16_CUT_OFF, True),
     ]:
         compare(shape, dtype, tolerance, with_starts, backend="triton")
-    # Several programs share a tile's channels, each with a part of the gradients of B and C.
-    from archscale_megatron.ops import selective_scan_triton
+    # Chunks of time, the last one shorter, with a first pass; several programs that share a tile's channels, with a
+    # part of the gradients of B and C each; a channel block that is not full.
+    from archscale_megatron.ops import selective_scan_triton as kernels
 
-    selective_scan_triton.BLOCKS_PER_PROGRAM = 2
-    compare((5, 1, 18, 16), torch.float32, FP32, True, with_bias=False, backend="triton")
+    kernels.MANY_PROGRAMS, kernels.BLOCKS_PER_PROGRAM = 4, 1
+    for with_starts in (False, True):
+        compare((165, 1, 35, 16), torch.float32, FP32, with_starts, with_bias=False, backend="triton")
     print("all right")
 
 
@@ -281,19 +283,26 @@ def test_triton_compiles_without_gpu(backend, arch, warp_size, tmp_path, monkeyp
     import triton
     from triton.backends.compiler import GPUTarget
 
-    from archscale_megatron.ops import selective_scan_triton as kernels
+    from archscale_megatron.ops import selective_scan_triton as scan
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    blocks = kernels._blocks(16) | {"BLOCKS": kernels.BLOCKS_PER_PROGRAM}
-    for kernel in (kernels._forward_kernel, kernels._carry_kernel, kernels._backward_kernel):
+    walk = {"UNROLL": scan.WALK_UNROLL, "BLOCK_D": scan.WALK_STATES // 16}
+    walks = [walk | {"EVEN_D": even, "OUTPUT": not even} for even in (True, False)]
+    tile = {"UNROLL": scan.TILE_UNROLL, "BLOCK_D": scan.TILE_STATES // 16, "EVEN_D": True}
+    tiles = [tile | {"BLOCKS": scan.BLOCKS_PER_PROGRAM}]
+    kernels = ((scan._forward_kernel, walks), (scan._carry_kernel, walks), (scan._backward_kernel, tiles))
+    for kernel, blocks in ((kernel, one) for kernel, several in kernels for one in several):
         # Triton makes an argument that is 1 or None a constant, which compiles differently.
-        for constants in ({"batch": 1, "starts": None}, {"length": 1, "batch": 1, "d": 1, "n": 1}, {}):
-            constants = {n: v for n, v in (blocks | constants).items() if n in kernel.arg_names}
-            types_ = {"starts": "*i8", "length": "i32", "batch": "i32", "d": "i32", "n": "i32"}
-            types_ |= dict.fromkeys(("x", "y", "dy", "B", "C"), "*bf16") | dict.fromkeys(constants, "constexpr")
+        for constants in ({"batch": 1, "starts": None}, {"length": 1, "batch": 1, "d": 1, "dt_bias": None}, {}):
+            constants = {"TILE": scan.TILE, "BLOCK_N": 16} | blocks | constants
+            constants = {n: v for n, v in constants.items() if n in kernel.arg_names}
+            sizes = ("length", "batch", "d", "x_stride", "dt_stride", "dy_stride", "chunk_tiles")
+            types_ = {"starts": "*i8"} | dict.fromkeys(sizes, "i32")
+            types_ |= dict.fromkeys(("x", "dt", "y", "dy", "grad_x", "grad_dt"), "*bf16")
+            types_ |= dict.fromkeys(constants, "constexpr")
             signature = {name: types_.get(name, "*fp32") for name in kernel.arg_names}
             source = triton.compiler.ASTSource(kernel, signature, constants)
-            compiled = triton.compile(source, target=GPUTarget(backend, arch, warp_size))
+            compiled = triton.compile(source, target=GPUTarget(backend, arch, warp_size), options={"num_warps": 1})
             assert compiled.asm["cubin" if backend == "cuda" else "hsaco"]
 
 
