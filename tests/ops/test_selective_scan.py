@@ -296,7 +296,7 @@ def test_triton_compiles_without_gpu(backend, arch, warp_size, tmp_path, monkeyp
         for constants in ({"batch": 1, "starts": None}, {"length": 1, "batch": 1, "d": 1, "dt_bias": None}, {}):
             constants = {"TILE": scan.TILE, "BLOCK_N": 16} | blocks | constants
             constants = {n: v for n, v in constants.items() if n in kernel.arg_names}
-            sizes = ("length", "batch", "d", "x_stride", "dt_stride", "dy_stride", "chunk_tiles")
+            sizes = ("length", "batch", "d", "x_stride", "dt_stride", "dy_stride", "chunk_tiles", "steps")
             types_ = {"starts": "*i8"} | dict.fromkeys(sizes, "i32")
             types_ |= dict.fromkeys(("x", "dt", "y", "dy", "grad_x", "grad_dt"), "*bf16")
             types_ |= dict.fromkeys(constants, "constexpr")
