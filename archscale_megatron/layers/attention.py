@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.models.backends import BackendSpecProvider
-from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.attention import (
@@ -29,6 +28,8 @@ from archscale_megatron.layers.core_attention import CoreAttention
 from archscale_megatron.layers.differential_attention import DifferentialAttention
 from archscale_megatron.layers.norm import RMSNorm
 from archscale_megatron.layers.shared_state import SequenceContext, SharedState
+from archscale_megatron.ops.gate import head_gate
+from archscale_megatron.ops.rotary import rotate
 
 
 class _AttentionMixer(Attention):
@@ -49,13 +50,13 @@ class _AttentionMixer(Attention):
             heads = self.core_attention(*inputs)
         if self.linear_gate is not None:
             gate, _ = self.linear_gate(hidden_states)  # [s, b, heads / tp]
-            heads = (heads * torch.sigmoid(gate.float())[..., None]).to(heads.dtype)
+            heads = head_gate(gate, heads)
         return heads.flatten(2)
 
     def _rotate(self, x: Tensor, context: SequenceContext) -> Tensor:
-        if context.rotary_pos_emb is None:
+        if context.rotation is None:
             return x
-        return apply_rotary_pos_emb(x, context.rotary_pos_emb, config=self.config, cp_group=self.pg_collection.cp)
+        return rotate(x, *context.rotation)
 
 
 class SelfAttentionMixer(SelfAttention, _AttentionMixer):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from archscale_megatron.archs.architecture import Payload
 from archscale_megatron.layers.shared_state import SequenceContext, SharedState
+from archscale_megatron.ops.residual import residual_add
 
 
 @dataclass
@@ -58,6 +59,8 @@ class HybridLayer(MegatronModule):
         normed, residual = self.norm(hidden_states, with_residual=True)
         output, bias = self.mixer(normed, state, context)
         multiplier = self.config.architecture.residual_multiplier
+        if self.config.hidden_dropout == 0:
+            return residual_add(residual, output, bias, multiplier)
         output, bias = scaled(output, multiplier), None if bias is None else scaled(bias, multiplier)
         add = get_bias_dropout_add(self.training, self.config.bias_dropout_fusion)
         return add((output, bias), residual, self.config.hidden_dropout)

@@ -18,10 +18,9 @@ from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, mak
 from megatron.core.utils import divide
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.nn import functional as F
 
 from archscale_megatron.layers.backend import parameter_options
-from archscale_megatron.ops.norm import norm
+from archscale_megatron.ops.norm import gated_rms_norm, norm
 
 
 class RMSNorm(nn.Module):
@@ -66,16 +65,17 @@ class GatedRMSNorm(nn.Module):
 
     def __init__(self, config: TransformerConfig, size: int, tp_group: ProcessGroup) -> None:
         super().__init__()
-        self.size, self.eps, self.tp_group = size, config.layernorm_epsilon, tp_group
+        self.eps, self.tp_group = config.layernorm_epsilon, tp_group
         self.weight = nn.Parameter(torch.ones(divide(size, tp_group.size()), **parameter_options(config)))
         set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
         """x, gate [..., size / tp] -> the same shape in the weights' dtype."""
-        gated = x.float() * F.silu(gate.float())
-        squares = reduce_from_tensor_model_parallel_region(gated.square().sum(-1, keepdim=True), self.tp_group)
-        squares = copy_to_tensor_model_parallel_region(squares, self.tp_group)
-        return (gated * torch.rsqrt(squares / self.size + self.eps) * self.weight.float()).to(self.weight.dtype)
+        return gated_rms_norm(x, gate, self.weight, self.eps, self.tp_group.size(), self._sum_over_ranks)
+
+    def _sum_over_ranks(self, squares: Tensor) -> Tensor:
+        squares = reduce_from_tensor_model_parallel_region(squares, self.tp_group)
+        return copy_to_tensor_model_parallel_region(squares, self.tp_group)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
@@ -36,3 +37,8 @@ class SequenceContext:
 
     rotary_pos_emb: Tensor | None = None
     document_starts: Tensor | None = None
+
+    @cached_property
+    def rotation(self) -> tuple[Tensor, Tensor] | None:
+        """Cosine and sine of the RoPE angles, once for all layers."""
+        return None if self.rotary_pos_emb is None else (self.rotary_pos_emb.cos(), self.rotary_pos_emb.sin())

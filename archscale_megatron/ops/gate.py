@@ -27,6 +27,22 @@ def silu_gate(gate: Tensor, x: Tensor) -> Tensor:
     return (F.silu(gate.float()) * x).to(gate.dtype)
 
 
+def head_gate(gate: Tensor, heads: Tensor) -> Tensor:
+    """sigmoid(gate) * heads, in fp32.
+
+    Args:
+        gate: [..., heads].
+        heads: [..., heads, d].
+
+    Returns:
+        [..., heads, d] in the dtype of heads.
+    """
+    kernels = fused.kernels("gate", gate, heads)
+    if kernels is not None:
+        return _HeadGate.apply(kernels, gate, heads)
+    return (heads * torch.sigmoid(gate.float())[..., None]).to(heads.dtype)
+
+
 class _SiluGate(torch.autograd.Function):
     """Keeps its inputs."""
 
@@ -45,3 +61,24 @@ class _SiluGate(torch.autograd.Function):
         grad_gate, grad_x = (torch.empty(v.shape, dtype=v.dtype, device=v.device) for v in (gate, x))
         ctx.kernels.silu_gate_backward(*(fused.rows(v) for v in (grad, gate, x)), grad_gate, grad_x)
         return None, grad_gate, grad_x
+
+
+class _HeadGate(torch.autograd.Function):
+    """Keeps its inputs."""
+
+    @staticmethod
+    def forward(ctx: Any, kernels: Any, gate: Tensor, heads: Tensor) -> Tensor:
+        ctx.kernels = kernels
+        ctx.save_for_backward(gate, heads)
+        y = torch.empty(heads.shape, dtype=heads.dtype, device=heads.device)
+        kernels.head_gate(gate.contiguous(), fused.rows(heads), y)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor]:
+        gate, heads = ctx.saved_tensors
+        grad_gate, grad_heads = (torch.empty(v.shape, dtype=v.dtype, device=v.device) for v in (gate, heads))
+        inputs = (fused.rows(grad), gate.contiguous(), fused.rows(heads))
+        ctx.kernels.head_gate_backward(*inputs, grad_gate, grad_heads)
+        return None, grad_gate, grad_heads

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,6 +34,33 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Te
     else:
         normed = F.layer_norm(x, weight.shape, weight.to(x.dtype), bias.to(x.dtype), eps)
     return normed.to(weight.dtype), x
+
+
+def gated_rms_norm(
+    x: Tensor,
+    gate: Tensor,
+    weight: Tensor,
+    eps: float,
+    ranks: int = 1,
+    sum_over_ranks: Callable[[Tensor], Tensor] = lambda squares: squares,
+) -> Tensor:
+    """v / sqrt(mean(v^2) + eps) * weight with v = x * silu(gate), in fp32.
+
+    Args:
+        x, gate: [..., n], this rank's channels.
+        weight: [n].
+        ranks: how many have n channels each; the mean is over all. The kernel is for one.
+        sum_over_ranks: sums a [..., 1] over them, and its gradient.
+
+    Returns:
+        [..., n] in the dtype of weight.
+    """
+    kernels = fused.kernels("norm", x, gate, weight) if ranks == 1 else None
+    if kernels is not None:
+        return _Norm.apply(kernels, x, gate, weight, None, eps)[0]
+    gated = x.float() * F.silu(gate.float())
+    squares = sum_over_ranks(gated.square().sum(-1, keepdim=True))
+    return (gated * torch.rsqrt(squares / (ranks * len(weight)) + eps) * weight.float()).to(weight.dtype)
 
 
 class _Norm(torch.autograd.Function):

@@ -3,11 +3,13 @@
 Run as a script, this file checks them in Triton's interpreter, which must be chosen before Triton is imported.
 """
 
+import importlib
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +17,10 @@ from torch import Tensor
 
 from archscale_megatron.ops import fused
 from archscale_megatron.ops import norm as norm_module
-from archscale_megatron.ops.gate import silu_gate
-from archscale_megatron.ops.norm import norm
+from archscale_megatron.ops.gate import head_gate, silu_gate
+from archscale_megatron.ops.norm import gated_rms_norm, norm
+from archscale_megatron.ops.residual import residual_add
+from archscale_megatron.ops.rotary import rotate
 
 ROOT = Path(__file__).parents[2]
 EPS = 1e-5
@@ -55,6 +59,28 @@ def fused_layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, .
     return norm(x, weight, bias, EPS)
 
 
+def fused_gated_norm(x: Tensor, gate: Tensor, weight: Tensor) -> Tensor:
+    return gated_rms_norm(x, gate, weight, EPS)
+
+
+def rotate_reference(x: Tensor, angles: Tensor) -> Tensor:
+    """Multiplication of complex numbers."""
+    first, second = x.chunk(2, dim=-1)
+    turned = torch.complex(first, second) * torch.polar(torch.ones_like(angles), angles)
+    return torch.cat([turned.real, turned.imag], dim=-1)
+
+
+def rotate_case(x: Tensor) -> "Case":
+    """With angles as large as those of long sequences."""
+    angles = (drawn(len(x), 1, 1, x.shape[-1] // 2).double() * 1e4).float()
+
+    def turn(x: Tensor) -> Tensor:
+        both = torch.cat([angles, angles], dim=-1).to(x.device)
+        return rotate(x, both.cos(), both.sin())
+
+    return turn, lambda x: rotate_reference(x, angles.double()), [x]
+
+
 Case = tuple[Callable, Callable, list[Tensor]]
 
 
@@ -75,7 +101,30 @@ def cases(widths: tuple[int, ...], batch: int) -> dict[str, Case]:
                     lambda x, w, b: (layer_norm_reference(x, w, b), x),
                     [stream, w, b],
                 ),
+                f"gated rms_norm {of}": (
+                    fused_gated_norm,
+                    lambda x, gate, w: rms_norm_reference(x * silu(gate), w),
+                    [y, z, w],
+                ),
                 f"silu_gate {of}": (silu_gate, lambda gate, x: silu(gate) * x, [z, y]),
+                f"residual_add {of}": (
+                    lambda x, y: residual_add(x, y, None, 0.3),
+                    lambda x, y: x + 0.3 * y,
+                    [stream, z],
+                ),
+                f"residual_add with bias {of}": (
+                    lambda x, y, b: residual_add(x, y, b, 0.3),
+                    lambda x, y, b: x + 0.3 * (y + b),
+                    [stream, y, b],
+                ),
+            }
+    for heads, d in ((3, 8), (20, 128), (1, 64)):
+        for dtype in (FP32, BF16):
+            x, of = drawn(7, batch, heads, d, dtype=dtype, strided=True), f"of {heads} heads of {d} in {dtype}"
+            gate = drawn(7, batch, heads, dtype=dtype)
+            found |= {
+                f"rotate {of}": rotate_case(x),
+                f"head_gate {of}": (head_gate, lambda gate, x: x / (1 + torch.exp(-gate))[..., None], [gate, x]),
             }
     return found
 
@@ -115,6 +164,40 @@ def check_in_interpreter() -> None:
     for name, case in (cases((24,), 205) | cases((2056,), 1)).items():
         compare(name, case, "cpu", CUT_OFF)
     print("all right")
+
+
+OPTIONAL = ("gate", "bias", "grad_gate", "grad_bias", "grad_residual")  # of norms, as `bias` is of the residual sum
+
+
+@pytest.mark.parametrize("backend, arch, warp_size", [("cuda", 90, 32), ("hip", "gfx942", 64)])
+def test_kernels_compile_without_gpu(
+    backend: str, arch: Any, warp_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Down to the binaries of an H100 and an MI300X: what the interpreter accepts may not compile."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    sizes = dict.fromkeys(("ROWS", "HEADS"), 2) | dict.fromkeys(("WIDTH", "HALF", "BLOCK"), 1024) | {"BACKWARD": True}
+    compiled = 0
+    for name in ("gate", "norm", "residual", "rotary"):
+        module = importlib.import_module(f"archscale_megatron.ops.{name}_triton")
+        for kernel in (value for key, value in vars(module).items() if key.endswith("_kernel")):
+            absent = dict.fromkeys(OPTIONAL if name in ("norm", "residual") else ())
+            for constants in (sizes, sizes | absent):
+                constants = {n: v for n, v in constants.items() if n in kernel.arg_names}
+                signature = {n: "constexpr" if n in constants else type_of(n) for n in kernel.arg_names}
+                source = triton.compiler.ASTSource(kernel, signature, constants)
+                binary = triton.compile(source, target=GPUTarget(backend, arch, warp_size))
+                assert binary.asm["cubin" if backend == "cuda" else "hsaco"]
+                compiled += 1
+    assert compiled == 2 * 9
+
+
+def type_of(argument: str) -> str:
+    if argument in ("rows", "width", "batch", "count", "half") or argument.endswith("_stride"):
+        return "i32"
+    return "fp32" if argument in ("eps", "multiplier") else "*bf16"
 
 
 @pytest.mark.gpu
