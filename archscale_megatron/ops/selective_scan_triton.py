@@ -21,7 +21,8 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from archscale_megatron.ops.selective_scan_kernels import _backward_kernel, _carry_kernel, _forward_kernel
+from archscale_megatron.ops.selective_scan_tile import _backward_kernel
+from archscale_megatron.ops.selective_scan_walk import _carry_kernel, _forward_kernel
 
 TILE = 32  # time steps between the states that are kept
 WALK_STATES, WALK_UNROLL, WALK_WARPS = 512, 4, 1  # states of a program of the forward and carry kernels: 16 a thread
