@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from archscale_megatron.ops import attention, causal_conv, fused, selective_scan
-from archscale_megatron.ops.documents import document_ids
+from archscale_megatron.ops.documents import document_ids_by_row
 
 _SCAN_CHUNK = 2048  # steps between the states that mamba_ssm keeps (csrc/selective_scan/selective_scan.cpp, n_chunks)
 
@@ -96,9 +96,9 @@ def _flash_attention(
 
 
 def _causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, starts: Tensor | None, *_: Any) -> Tensor:
-    """Keeps its inputs, and each token's document; the activation is computed again."""
+    """Keeps its inputs, and each token's document, one tensor for all layers; the activation is computed again."""
     inputs = (x, weight) if bias is None else (x, weight, bias)
-    documents = [] if starts is None else [document_ids(starts).t().contiguous()]
+    documents = [] if starts is None else [document_ids_by_row(starts)]
     return _Kernel.apply(x.shape, False, documents, *inputs)
 
 

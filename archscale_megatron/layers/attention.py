@@ -43,11 +43,12 @@ class _AttentionMixer(Attention):
         self, hidden_states: Tensor, query: Tensor, key: Tensor, value: Tensor, context: SequenceContext
     ) -> Tensor:
         """[s, b, heads / tp, d] each, and the layer's input for the gate -> [s, b, heads * d / tp]."""
-        inputs = (query, key, value, context.document_starts)
+        # Starts are bound, since a checkpoint hands copies of its inputs to the second pass: see `once_per_starts`.
+        attend = partial(self.core_attention, document_starts=context.document_starts)
         if self.checkpoint_core_attention and self.training:
-            heads = tensor_parallel.checkpoint(self.core_attention, False, *inputs)
+            heads = tensor_parallel.checkpoint(attend, False, query, key, value)
         else:
-            heads = self.core_attention(*inputs)
+            heads = attend(query, key, value)
         if self.linear_gate is not None:
             gate, _ = self.linear_gate(hidden_states)  # [s, b, heads / tp]
             heads = head_gate(gate, heads)

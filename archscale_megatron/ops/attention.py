@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from archscale_megatron.ops.documents import check_document_starts, cumulative_lengths
+from archscale_megatron.ops.documents import check_document_starts, cumulative_lengths, once_per_starts
 from archscale_megatron.ops.flash_attention import flash_attention, flash_serves
 
 
@@ -82,20 +82,27 @@ def _with_sink(
         query, key, value = (F.pad(x, (0, 0, 0, 0, 0, 0, 1, 0)) for x in (query, key, value))
         key[0, ..., d] = 1
         return attention(query, key, value, **options)[1:]
-    starts = document_starts.t().clone()
-    starts[:, 0] = True
-    starts = starts.flatten()
-    places = torch.arange(s * b, device=starts.device) + starts.cumsum(0)  # of the tokens, all rows in one
-    sinks = places[starts] - 1
-    length = s * b + len(sinks)
+    places, sinks, starts = _room_for_sinks(document_starts)
     query, key, value = (
-        x.new_zeros(length, 1, *x.shape[2:]).index_copy(0, places, x.transpose(0, 1).flatten(0, 1).unsqueeze(1))
+        x.new_zeros(len(starts), 1, *x.shape[2:]).index_copy(0, places, x.transpose(0, 1).flatten(0, 1).unsqueeze(1))
         for x in (query, key, value)
     )
     key[sinks, ..., d] = 1
-    starts = torch.zeros(length, 1, dtype=torch.bool, device=starts.device).index_fill(0, sinks, True)
     out = attention(query, key, value, document_starts=starts, **options)
     return out[places, 0].unflatten(0, (b, s)).transpose(0, 1)
+
+
+@once_per_starts
+def _room_for_sinks(document_starts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The places of the tokens, all rows in one, when a sink stands before each document: int64 [s b]; those of the
+    sinks: int64 [documents]; and where documents start then: bool [s b + documents, 1]."""
+    starts = document_starts.t().clone()
+    starts[:, 0] = True
+    starts = starts.flatten()
+    places = torch.arange(len(starts), device=starts.device) + starts.cumsum(0)
+    sinks = places[starts] - 1
+    starts = torch.zeros(len(starts) + len(sinks), 1, dtype=torch.bool, device=starts.device)
+    return places, sinks, starts.index_fill(0, sinks, True)
 
 
 def _check_arguments(

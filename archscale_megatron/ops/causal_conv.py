@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from archscale_megatron.ops.documents import check_document_starts, document_ids
+from archscale_megatron.ops.documents import check_document_starts, document_ids, document_ids_by_row
 from archscale_megatron.ops.packages import aligned, optional
 
 
@@ -71,7 +71,7 @@ def _package(
 ) -> Tensor:
     from causal_conv1d import causal_conv1d_fn
 
-    seq_idx = None if document_starts is None else document_ids(document_starts).t().contiguous()
+    seq_idx = None if document_starts is None else document_ids_by_row(document_starts)
     # The kernel takes [b, d, s], and document ids only where d is the dense dimension, as it is here.
     y = causal_conv1d_fn(aligned(x).permute(1, 2, 0), weight.squeeze(1), bias, seq_idx=seq_idx, activation=activation)
     return y.permute(2, 0, 1)

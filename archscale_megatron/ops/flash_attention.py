@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from archscale_megatron.ops.documents import cumulative_lengths
+from archscale_megatron.ops.documents import cumulative_lengths, longest_document
 from archscale_megatron.ops.packages import aligned, optional
 
 # cuDNN compiles a kernel for each shape that it meets. Sequences of training are multiples of this many tokens, and few
@@ -49,9 +49,10 @@ def flash_attention(
         query, key, value = (x.flatten(1, 2).unsqueeze(0) for x in (query, key, value))
         return flash(query, key, value, softmax_scale, window, dropout_p).squeeze(0).unflatten(1, (b, -1))
     # The rows of the batch end to end.
-    ends = cumulative_lengths(document_starts)
+    ends, longest = cumulative_lengths(document_starts), longest_document(document_starts)
     query, key, value = (x.transpose(0, 1).flatten(0, 1) for x in (query, key, value))
-    return flash(query, key, value, softmax_scale, window, dropout_p, ends, s).unflatten(0, (b, s)).transpose(0, 1)
+    out = flash(query, key, value, softmax_scale, window, dropout_p, ends, longest)
+    return out.unflatten(0, (b, s)).transpose(0, 1)
 
 
 def _cudnn(query: Tensor, key: Tensor, value: Tensor, softmax_scale: float) -> Tensor:

@@ -78,7 +78,7 @@ def _fla(q, k, v, g, beta, document_starts):
     q, k, v, g, beta = (x.transpose(0, 1) for x in (q, k, v, g.float(), beta.to(q.dtype)))
     shape, cu_seqlens = v.shape, None
     if document_starts is not None:  # the rows of the batch end to end
-        cu_seqlens = cumulative_lengths(document_starts).long()
+        cu_seqlens = cumulative_lengths(document_starts, torch.int64)
         q, k, v, g, beta = (x.flatten(0, 1).unsqueeze(0) for x in (q, k, v, g, beta))
     o, _ = chunk_gated_delta_rule(q, k, v, g, beta, use_qk_l2norm_in_kernel=True, cu_seqlens=cu_seqlens)
     return o.reshape(shape).transpose(0, 1)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from archscale_megatron.ops.chunked import chunk_decay, scan_chunks
-from archscale_megatron.ops.documents import check_document_starts, document_ids
+from archscale_megatron.ops.documents import check_document_starts, document_ids_by_row
 from archscale_megatron.ops.selective_scan import _importable
 
 
@@ -99,7 +99,7 @@ def _mamba_ssm(x, dt, A, B, C, D, dt_bias, document_starts, chunk_size):
         D=D,
         dt_bias=dt_bias,
         dt_softplus=True,
-        seq_idx=None if document_starts is None else document_ids(document_starts).t().contiguous(),
+        seq_idx=None if document_starts is None else document_ids_by_row(document_starts),
     )
     return y_BSHP.transpose(0, 1)
 

@@ -1,20 +1,23 @@
 """Documents packed into one sequence: each has the logits, and gives the gradients, that it has alone."""
 
 import functools
+from collections import Counter
 from dataclasses import dataclass, replace
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from archscale_megatron.archs.architecture import MLP, MOE, SYMBOLS
 from archscale_megatron.archs.families import FAMILIES
 from archscale_megatron.layers import gated_delta_net, mamba1, mamba2, recurrent
 from archscale_megatron.ops.documents import starts_of_documents
 from tests.model.building import build
-from tests.model.test_reference import MODELS, architecture, error, randomise
+from tests.model.test_reference import MODELS, RECOMPUTE, architecture, error, randomise
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
@@ -103,6 +106,27 @@ def mixes_tokens(family: str) -> str:
     """The symbols of layers in which a token sees others."""
     pattern = FAMILIES[family](8).pattern
     return "".join(s for s in SYMBOLS if s in pattern and s not in (MLP, MOE, "U"))
+
+
+class CountCalls(TorchDispatchMode):
+    """Of each operation of aten."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls[op.overloadpacket.__name__] += 1
+        return op(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("recompute", [{}, *RECOMPUTE.values()])
+def test_boundaries_are_found_once_for_all_layers_and_both_passes(recompute: dict[str, Any]) -> None:
+    """On a GPU, to find them is to wait for all that runs there."""
+    model = build(architecture("mambay2"), **recompute)  # Mamba-1's scan has its own way on a CPU
+    with CountCalls() as counted:
+        packed_logits(model)
+    assert counted.calls["nonzero"] == 1
 
 
 @pytest.mark.parametrize(("family", "symbol"), [(f, s) for f in FAMILIES for s in mixes_tokens(f)])

@@ -39,7 +39,7 @@ def check(q, k, v, ends_q, ends_k, max_q, max_k, left, right):
     assert ends_k is ends_q or ends_k.equal(ends_q)
     assert q.dim() == 3 and ends_q.dtype == torch.int32 and ends_q.is_contiguous()
     assert ends_q[0] == 0 and ends_q[-1] == len(q) and (ends_q.diff() > 0).all()
-    assert max_q == max_k >= ends_q.diff().max()
+    assert max_q == max_k == ends_q.diff().max()
 
 
 def compute(q, k, v, ends, scale, left):
