@@ -30,6 +30,7 @@ def apply() -> None:
     _skip_compiled_helpers()
     _adam_without_fused_libraries()
     _weight_gradients_without_apex()
+    _norms_and_copies_in_one_kernel()
     _fp32_parameters_first()
     _fp32_parameters_of_half_precision_optimizers()
     _muon_by_parameter_class()
@@ -156,6 +157,24 @@ def _weight_gradients_without_apex() -> None:
         return
     sys.modules["fused_weight_gradient_mlp_cuda"] = layers.fused_weight_gradient_mlp_cuda = weight_gradient
     layers._grad_accum_fusion_available = True
+
+
+def _norms_and_copies_in_one_kernel() -> None:
+    """Without Transformer Engine and Apex, the norm of the gradients waits for the GPU once a parameter, and scaling
+    and copying are two kernels a parameter and a copy between them.
+
+    core/utils.py:1325 (`local_multi_tensor_l2_norm`) and :1337 (`local_multi_tensor_scale`), held by name in
+    core/optimizer/clip_grads.py:45 and core/optimizer/optimizer.py:38. On a GPU as well.
+    """
+    from megatron.core import utils
+    from megatron.core.optimizer import clip_grads, optimizer
+
+    from archscale_megatron.optimizers import tensor_lists
+
+    if clip_grads.l2_norm_impl is not utils.local_multi_tensor_l2_norm:
+        return
+    clip_grads.l2_norm_impl = tensor_lists.l2_norm
+    clip_grads.multi_tensor_scale_impl = optimizer.multi_tensor_scale_impl = tensor_lists.scale
 
 
 def _fp32_parameters_first() -> None:

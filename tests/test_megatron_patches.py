@@ -16,12 +16,14 @@ import subprocess
 import sys
 import tempfile
 from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
 import psutil
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from archscale_megatron import cpu
 from tests.launch import torchrun
@@ -55,6 +57,13 @@ GUARDED = {
     "_weight_gradients_without_apex": [
         ("core/tensor_parallel/layers.py", "LinearWithGradAccumulationAndAsyncCommunication", "6143fe8d2e29"),
         ("core/utils.py", "drain_embedding_wgrad_compute", "79dbae0b43f4"),
+    ],
+    "_norms_and_copies_in_one_kernel": [
+        ("core/utils.py", "local_multi_tensor_l2_norm", "128bb632d776"),
+        ("core/utils.py", "local_multi_tensor_scale", "c68dc586744c"),
+        ("core/optimizer/clip_grads.py", "get_grad_norm_fp32", "c086cd323174"),
+        ("core/optimizer/clip_grads.py", "clip_grad_by_total_norm_fp32", "19d15a603c4a"),
+        ("core/optimizer/optimizer.py", "_multi_tensor_copy_this_to_that", "1c15b8061ac0"),
     ],
     "_fp32_parameters_first": [
         ("core/optimizer/distrib_optimizer.py", "DistributedOptimizer._build_optimizer_group_ranges", "41e95fbf717f"),
@@ -283,6 +292,47 @@ def check_weight_gradients_without_apex() -> None:
     assert weight.grad_added_to_main_grad
     expected = torch.einsum("msbo,msbi->oi", grads.double(), inputs.double())
     assert (weight.main_grad - expected).abs().max() < 1e-5
+
+
+def check_norms_and_copies_in_one_kernel() -> None:
+    """Megatron waits for values of norms; with the patch for none, and the numbers are the same."""
+    from megatron.core.optimizer import clip_grads, optimizer
+
+    from archscale_megatron import megatron_patches
+
+    def run() -> tuple[int, list[torch.Tensor]]:
+        generator = torch.Generator().manual_seed(2)
+        tensors = [torch.randn(n, generator=generator) for n in (3, 1, 500)]
+        with count_values_asked_for() as asked:
+            norm, _ = clip_grads.multi_tensor_applier(clip_grads.l2_norm_impl, torch.zeros(1), [tensors], False)
+        copies = [torch.empty(t.shape, dtype=torch.bfloat16) for t in tensors]
+        optimizer._multi_tensor_copy_this_to_that(tensors, copies, torch.zeros(1))
+        doubled = [torch.empty_like(t) for t in tensors]
+        scale = clip_grads.multi_tensor_scale_impl
+        clip_grads.multi_tensor_applier(scale, torch.zeros(1), [tensors, doubled], 2.0)
+        clip_grads.multi_tensor_applier(scale, torch.zeros(1), [tensors, tensors], 0.5)
+        return asked[0], [norm, *tensors, *copies, *doubled]
+
+    asked, expected = run()
+    assert asked
+    megatron_patches._norms_and_copies_in_one_kernel()
+    asked, found = run()
+    assert asked == 0
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+
+
+@contextlib.contextmanager
+def count_values_asked_for() -> Iterator[list[int]]:
+    """How often a tensor's value came to Python, which waits for a GPU."""
+    count = [0]
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            count[0] += func is torch.ops.aten._local_scalar_dense.default
+            return func(*args, **kwargs or {})
+
+    with Mode():
+        yield count
 
 
 def check_optimizer_state_without_gathering() -> None:
