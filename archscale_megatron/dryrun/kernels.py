@@ -24,7 +24,7 @@ _SCAN_CHUNK = 2048  # steps between the states that mamba_ssm keeps (csrc/select
 @contextlib.contextmanager
 def fused_kernels() -> Iterator[None]:
     """flash-attn, causal-conv1d and mamba_ssm in the place of the ops' torch code, for bf16 and fp16 tensors; for
-    documents our Triton scan, as mamba_ssm knows none. Our kernels between matrix products, for every dtype."""
+    documents our Triton scan, as mamba_ssm knows none. Our kernels between matrix products serve every dtype."""
     with (
         mock.patch.object(fused, "kernels", lambda name, *tensors: _NoKernels()),
         _instead(attention, "_torch", _flash_attention),

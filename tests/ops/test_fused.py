@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -212,6 +213,23 @@ def test_gradients_of_weights_repeat_exactly() -> None:
     for function, _, inputs in cases((1984,), 300).values():
         first, second = (value_and_gradients(function, [x.cuda() for x in inputs]) for _ in range(2))
         assert all(value.equal(second[name]) for name, value in first.items())
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_rotate_on_a_cpu_is_megatron_s_bit_for_bit(dtype: torch.dtype) -> None:
+    from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
+
+    angles = drawn(6, 1, 1, 4).repeat(1, 1, 1, 2)
+    config: Any = SimpleNamespace(apply_rope_fusion=False, rotary_interleaved=False)
+
+    def ours(x: Tensor) -> Tensor:
+        return rotate(x, angles.cos(), angles.sin())
+
+    def theirs(x: Tensor) -> Tensor:
+        return apply_rotary_pos_emb(x, angles, config=config, cp_group=config)
+
+    actual, expected = (value_and_gradients(turn, [drawn(6, 2, 3, 8, dtype=dtype)]) for turn in (ours, theirs))
+    assert all(value.equal(expected[name]) for name, value in actual.items())
 
 
 def test_a_cpu_has_torch_code() -> None:
