@@ -65,7 +65,7 @@ class FusedAdam(torch.optim.Optimizer):
         grads: Any = [p.grad for p in params]
         exp_avgs = [self.state[p]["exp_avg"] for p in params]
         exp_avg_sqs = [self.state[p]["exp_avg_sq"] for p in params]
-        update = self._fused_update if _fused_kernel_serves(params) else self._foreach_update
+        update = self._fused_update if _fused_kernel_serves(params + grads) else self._foreach_update
         update(group, step, params, grads, exp_avgs, exp_avg_sqs)
 
     def _fused_update(self, group: dict[str, Any], step: int, params: Any, *others: Any) -> None:
@@ -92,6 +92,6 @@ class FusedAdam(torch.optim.Optimizer):
         torch._foreach_addcdiv_(params, exp_avgs, denominators, -lr / (1 - beta1**step))
 
 
-def _fused_kernel_serves(params: list[Any]) -> bool:
-    """On one GPU and in one dtype, as Megatron's master weights are."""
-    return params[0].is_cuda and len({(p.device, p.dtype) for p in params}) == 1
+def _fused_kernel_serves(tensors: list[Any]) -> bool:
+    """On one GPU and in one dtype, as Megatron's master weights and their gradients are."""
+    return tensors[0].is_cuda and len({(x.device, x.dtype) for x in tensors}) == 1

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from archscale_megatron import single_process
+from archscale_megatron.archs.architecture import MAMBA1
 
 
 def parser() -> argparse.ArgumentParser:
@@ -42,9 +43,9 @@ def parser() -> argparse.ArgumentParser:
         "--kernels",
         choices=("fused", "torch"),
         default="fused",
-        help="whose memory is counted in attention, convolution and Mamba-1's scan: flash-attn, causal-conv1d and "
-        "mamba-ssm (fused, the default), or the torch code that runs on a CPU. Mamba-2 and gated delta nets are torch "
-        "code in both",
+        help="whose memory is counted in attention, convolution, Mamba-1's scan, norms and gates: flash-attn, "
+        "causal-conv1d, mamba-ssm and our Triton kernels (fused, the default), or the torch code that runs on a CPU. "
+        "Mamba-2 and gated delta nets are torch code in both",
     )
     result.add_argument("--json", metavar="FILE", help="write the result there too; - writes it instead of the table")
     return result
@@ -118,10 +119,8 @@ def _check_countable(args: argparse.Namespace, explicit: dict[str, str], kernels
         raise ValueError(
             "--moe-token-dispatcher-type flex: the dry run counts alltoall and allgather; use one of these"
         )
-    if args.reset_at_eod and kernels == "fused" and find_spec("triton") is None:
-        raise ValueError(
-            "--reset-at-eod: Mamba-1's scan of documents needs triton; install it, or give --kernels torch"
-        )
+    if MAMBA1 in args.architecture.pattern and kernels == "fused" and find_spec("triton") is None:
+        raise ValueError("Mamba-1's fused scan needs triton; install it, or give --kernels torch")
 
 
 # No files, servers or handlers of signals; no checks of values; the fake backend.

@@ -7,7 +7,6 @@ replaces them on a CPU. Each stand-in makes the tensors that its kernel makes, o
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -17,32 +16,24 @@ from torch import Tensor
 
 from archscale_megatron.ops import attention, causal_conv, fused, selective_scan
 from archscale_megatron.ops.documents import document_ids_by_row
-
-_SCAN_CHUNK = 2048  # steps between the states that mamba_ssm keeps (csrc/selective_scan/selective_scan.cpp, n_chunks)
+from archscale_megatron.ops.packages import optional
 
 
 @contextlib.contextmanager
 def fused_kernels() -> Iterator[None]:
-    """Flash attention, causal-conv1d and mamba_ssm in the place of the ops' torch code, for bf16 and fp16 tensors; for
-    documents our Triton scan, as mamba_ssm knows none. Our kernels between matrix products, for every dtype."""
+    """Flash attention, causal-conv1d and our Triton kernels in the place of the ops' torch code: the first two for bf16
+    and fp16 tensors."""
     with (
         mock.patch.object(fused, "kernels", lambda name, *tensors: _NoKernels()),
         _instead(attention, "_torch", _flash_attention),
         _instead(causal_conv, "_torch", _causal_conv1d),
-        mock.patch.object(selective_scan, "_usable_backends", _scan_backends),
-        mock.patch.object(selective_scan, "_mamba_ssm_scan", _mamba_ssm_scan),
+        mock.patch.object(selective_scan, "_usable_backends", lambda x, with_starts: ["triton"]),
+        contextlib.ExitStack() as scan,
     ):
+        if optional("triton"):  # without it, a dry run has no Mamba-1
+            for name in ("_forward_kernel", "_carry_kernel", "_backward_kernel"):
+                scan.enter_context(mock.patch(f"{selective_scan.__name__}_triton.{name}", _NotLaunched()))
         yield
-
-
-def _scan_backends(x: Tensor, with_starts: bool) -> list[str]:
-    if not with_starts:
-        return ["mamba_ssm"]
-    from archscale_megatron.ops import selective_scan_triton
-
-    for name in ("_forward_kernel", "_carry_kernel", "_backward_kernel"):
-        setattr(selective_scan_triton, name, _NotLaunched())
-    return ["triton"]
 
 
 class _NotLaunched:
@@ -100,14 +91,3 @@ def _causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, starts: Tenso
     inputs = (x, weight) if bias is None else (x, weight, bias)
     documents = [] if starts is None else [document_ids_by_row(starts)]
     return _Kernel.apply(x.shape, False, documents, *inputs)
-
-
-def _mamba_ssm_scan(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor | None
-) -> Tensor:
-    """Keeps its inputs, copied so that time is dense, and two states every `_SCAN_CHUNK` steps, fp32."""
-    (s, b, d), n = x.shape, A.shape[1]
-    inputs = [v.to(x.dtype).permute(1, 2, 0).contiguous() for v in (x, dt, B, C)]
-    states = x.new_empty((b, d, math.ceil(s / _SCAN_CHUNK), 2 * n), dtype=torch.float32)
-    small = [A, D] if dt_bias is None else [A, D, dt_bias]
-    return _Kernel.apply((b, d, s), False, [states], *inputs, *small).permute(2, 0, 1)

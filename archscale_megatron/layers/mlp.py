@@ -32,13 +32,14 @@ class MLPMixer(MLP):
         del layer_number
         super().__init__(config, submodules, ffn_hidden_size=config.ffn_hidden_size, tp_group=pg_collection.tp)
         self.writes_memory = "memory" in writes
+        self.has_bias = self.linear_fc1.bias is not None
 
     def forward(
         self, hidden_states: Tensor, state: SharedState, context: SequenceContext
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states [s, b, h] -> the same shape."""
-        if self.config.bias_activation_fusion and not self.writes_memory:  # compiled, for a GPU
-            return super().forward(hidden_states)
+        if self.config.bias_activation_fusion and self.has_bias and not self.writes_memory:
+            return super().forward(hidden_states)  # compiled for a GPU, where it adds the bias on the way
         gate_up, bias = self.linear_fc1(hidden_states)
         if bias is not None:
             gate_up = gate_up + bias

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
-import importlib.util
 import os
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from archscale_megatron.ops.packages import optional
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -22,7 +22,7 @@ def kernels(name: str, *tensors: Tensor) -> Any | None:
     """
     # On a CPU: Triton's interpreter, for tests.
     there = all(x.is_cuda for x in tensors) or os.environ.get("TRITON_INTERPRET") == "1"
-    if not there or any(x.dtype not in _DTYPES for x in tensors) or not _triton_installed():
+    if not there or any(x.dtype not in _DTYPES for x in tensors) or optional("triton") is None:
         return None
     return importlib.import_module(f"{__package__}.{name}_triton")
 
@@ -31,8 +31,3 @@ def rows(x: Tensor) -> Tensor:
     """[..., n] -> [rows, n] with the elements of a row side by side; a view if possible."""
     x = x.reshape(-1, x.shape[-1])
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-@functools.cache
-def _triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None

@@ -51,7 +51,7 @@ class _SiluGate(torch.autograd.Function):
         ctx.kernels = kernels
         ctx.save_for_backward(gate, x)
         y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-        kernels.silu_gate(fused.rows(gate), fused.rows(x), y)
+        kernels.silu_gate(*(fused.rows(v) for v in (gate, x, y)))
         return y
 
     @staticmethod
@@ -59,7 +59,7 @@ class _SiluGate(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor]:
         gate, x = ctx.saved_tensors
         grad_gate, grad_x = (torch.empty(v.shape, dtype=v.dtype, device=v.device) for v in (gate, x))
-        ctx.kernels.silu_gate_backward(*(fused.rows(v) for v in (grad, gate, x)), grad_gate, grad_x)
+        ctx.kernels.silu_gate_backward(*(fused.rows(v) for v in (grad, gate, x, grad_gate, grad_x)))
         return None, grad_gate, grad_x
 
 

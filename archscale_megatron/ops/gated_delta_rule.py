@@ -1,11 +1,16 @@
 """The recurrence of Gated DeltaNet (arXiv 2412.06464) behind one function."""
 
+import functools
+import importlib.metadata
+import warnings
+
 import torch
+from packaging.version import Version
 from torch import Tensor
 
 from archscale_megatron.ops.chunked import chunk_decay, scan_chunks
 from archscale_megatron.ops.documents import check_document_starts, cumulative_lengths
-from archscale_megatron.ops.selective_scan import _importable
+from archscale_megatron.ops.packages import optional
 
 CHUNK_SIZE = 64
 NORM_EPSILON = 1e-6  # FLA's
@@ -39,7 +44,7 @@ def gated_delta_rule(
     """
     _check_arguments(q, k, v, g, beta, document_starts)
     # FLA refuses fp32.
-    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and _importable("fla.ops.gated_delta_rule"):
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and _fla_serves(q.device):
         return _fla(q, k, v, g, beta, document_starts)
     with torch.autocast(q.device.type, enabled=False):
         dtype = torch.promote_types(q.dtype, torch.float32)
@@ -70,6 +75,23 @@ def _step(
     o = (of_steps * (q @ k.mT)) @ u + of_state * (q @ state)
     state = of_state[..., -1:, :] * state + (of_steps[..., -1, :, None] * k).mT @ u
     return o.movedim(2, 0).to(v.dtype), state
+
+
+@functools.cache
+def _fla_serves(device: torch.device) -> bool:
+    """Whether FLA is there and right: compiled by Triton 3.4 to 3.7.0 for Hopper, its gradients of beta and g are wrong
+    (issue 640 of flash-linear-attention)."""
+    if optional("fla") is None:
+        return False
+    release = Version(importlib.metadata.version("triton"))
+    if torch.cuda.get_device_capability(device)[0] == 9 and Version("3.4") <= release < Version("3.7.1"):
+        warnings.warn(
+            f"flash-linear-attention has wrong gradients on this GPU with Triton {release}: gated delta nets do "
+            "without, slowly; Triton 3.7.1 or later is right",
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 def _fla(q, k, v, g, beta, document_starts):

@@ -21,11 +21,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Returns:
         [s, b, heads, d] in the dtype of x. On a GPU the maths is in fp32, elsewhere in the dtype of x.
     """
-    kernels = fused.kernels("rotary", x, cos)
-    if kernels is not None:
-        return _Rotate.apply(kernels, x, cos, sin)
-    first, second = x.chunk(2, dim=-1)
-    return x * cos.to(x.dtype) + torch.cat((-second, first), dim=-1) * sin.to(x.dtype)
+    return _Rotate.apply(fused.kernels("rotary", x, cos), x, cos, sin)
 
 
 class _Rotate(torch.autograd.Function):
@@ -44,7 +40,11 @@ class _Rotate(torch.autograd.Function):
         return None, _turned(ctx.kernels, grad, cos, sin, backward=True), None, None
 
 
-def _turned(kernels: Any, x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
+def _turned(kernels: Any | None, x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
+    if kernels is None:
+        first, second = x.chunk(2, dim=-1)
+        other = torch.cat((second, -first) if backward else (-second, first), dim=-1)
+        return (x * cos.to(x.dtype) + other * sin.to(x.dtype)).contiguous()
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     kernels.rotate(x if x.stride(-1) == 1 else x.contiguous(), cos, sin, y, backward)
     return y

@@ -1,7 +1,5 @@
 """The selective scan of Mamba-1 (arXiv 2312.00752, algorithm 2) behind one function, whatever computes it."""
 
-import functools
-import importlib
 import os
 
 import torch
@@ -9,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from archscale_megatron.ops.packages import optional
 from archscale_megatron.ops.selective_scan_torch import scan_backward, scan_forward
 
 
@@ -42,7 +41,7 @@ def selective_scan(
         D: [d] fp32 skip weights.
         dt_bias: [d] fp32, added to dt.
         document_starts: [s, b] bool, True at a document's first token: no earlier state reaches it.
-        backend: `mamba_ssm` (CUDA, no document starts), `triton` (any GPU) or `torch`. By default the first
+        backend: `triton` (any GPU), `mamba_ssm` (CUDA, no document starts) or `torch`. By default the first
             of them that serves the given tensors on a GPU, `torch` on a CPU.
 
     Returns:
@@ -117,20 +116,10 @@ def _usable_backends(x: Tensor, with_starts: bool) -> list[str]:
     if x.dtype == torch.float64:
         return ["torch"]
     if x.device.type == "cuda":
-        mamba_ssm = not with_starts and _importable("mamba_ssm.ops.selective_scan_interface")
-        return ["mamba_ssm"] * mamba_ssm + ["triton"] * _importable("triton") + ["torch"]
+        mamba_ssm = not with_starts and optional("mamba_ssm") is not None
+        return ["triton"] * (optional("triton") is not None) + ["mamba_ssm"] * mamba_ssm + ["torch"]
     # Triton's interpreter, for tests.
-    return ["torch"] + ["triton"] * (os.environ.get("TRITON_INTERPRET") == "1" and _importable("triton"))
-
-
-@functools.cache
-def _importable(name: str) -> bool:
-    # An import, not a look for the file: a CUDA extension built for another torch is found but does not load.
-    try:
-        importlib.import_module(name)
-    except ImportError:
-        return False
-    return True
+    return ["torch"] + ["triton"] * (os.environ.get("TRITON_INTERPRET") == "1" and optional("triton") is not None)
 
 
 def _check_shapes(x, dt, A, B, C, D, dt_bias, document_starts) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from archscale_megatron.ops.gate import head_gate, silu_gate
 from archscale_megatron.ops.norm import gated_rms_norm, norm
 from archscale_megatron.ops.residual import residual_add
 from archscale_megatron.ops.rotary import rotate
+from archscale_megatron.ops.swiglu import swiglu
 
 ROOT = Path(__file__).parents[2]
 EPS = 1e-5
@@ -51,6 +53,11 @@ def silu(x: Tensor) -> Tensor:
     return x / (1 + torch.exp(-x))
 
 
+def swiglu_reference(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return silu(gate) * up
+
+
 def fused_rms_norm(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
     return norm(x, weight, None, EPS)
 
@@ -78,7 +85,7 @@ def rotate_case(x: Tensor) -> "Case":
         both = torch.cat([angles, angles], dim=-1).to(x.device)
         return rotate(x, both.cos(), both.sin())
 
-    return turn, lambda x: rotate_reference(x, angles.double()), [x]
+    return turn, lambda x: rotate_reference(x, angles.double().to(x.device)), [x]
 
 
 Case = tuple[Callable, Callable, list[Tensor]]
@@ -107,6 +114,7 @@ def cases(widths: tuple[int, ...], batch: int) -> dict[str, Case]:
                     [y, z, w],
                 ),
                 f"silu_gate {of}": (silu_gate, lambda gate, x: silu(gate) * x, [z, y]),
+                f"swiglu {of}": (swiglu, swiglu_reference, [drawn(*shape[:-1], 2 * n, dtype=dtype)]),
                 f"residual_add {of}": (
                     lambda x, y: residual_add(x, y, None, 0.3),
                     lambda x, y: x + 0.3 * y,
@@ -120,8 +128,8 @@ def cases(widths: tuple[int, ...], batch: int) -> dict[str, Case]:
             }
     for heads, d in ((3, 8), (20, 128), (1, 64)):
         for dtype in (FP32, BF16):
-            x, of = drawn(7, batch, heads, d, dtype=dtype, strided=True), f"of {heads} heads of {d} in {dtype}"
-            gate = drawn(7, batch, heads, dtype=dtype)
+            x, of = drawn(7, 3, heads, d, dtype=dtype, strided=True), f"of {heads} heads of {d} in {dtype}"
+            gate = drawn(7, 3, heads, dtype=dtype)
             found |= {
                 f"rotate {of}": rotate_case(x),
                 f"head_gate {of}": (head_gate, lambda gate, x: x / (1 + torch.exp(-gate))[..., None], [gate, x]),
@@ -142,12 +150,12 @@ def value_and_gradients(function: Callable, inputs: list[Tensor]) -> dict[str, T
 
 def compare(name: str, case: Case, device: str, tolerances: dict[torch.dtype, float]) -> None:
     function, reference, inputs = case
-    expected = value_and_gradients(reference, [x.double() for x in inputs])
+    expected = value_and_gradients(reference, [x.double().to(device) for x in inputs])
     assert fused.kernels("norm", inputs[0].to(device)) is not None, "torch code is compared"
     actual = value_and_gradients(function, [x.to(device) for x in inputs])
     for what, value in expected.items():
         got = actual[what]
-        difference = (got.cpu().double() - value).abs().max()
+        difference = (got.double() - value).abs().max()
         assert difference <= tolerances[got.dtype] * value.abs().max(), (name, what, difference, value.abs().max())
 
 
@@ -201,7 +209,7 @@ def type_of(argument: str) -> str:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("width, batch", [(24, 2001), (128, 4000), (1984, 301), (4096, 100), (8192, 50), (16384, 3)])
+@pytest.mark.parametrize("width, batch", [(24, 2001), (128, 1000), (1984, 301), (4096, 120), (8192, 120), (16384, 3)])
 def test_kernels_on_gpu(width: int, batch: int) -> None:
     for name, case in cases((width,), batch).items():
         compare(name, case, "cuda", TOLERANCES)
@@ -212,6 +220,23 @@ def test_gradients_of_weights_repeat_exactly() -> None:
     for function, _, inputs in cases((1984,), 300).values():
         first, second = (value_and_gradients(function, [x.cuda() for x in inputs]) for _ in range(2))
         assert all(value.equal(second[name]) for name, value in first.items())
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_rotate_on_a_cpu_is_megatron_s_bit_for_bit(dtype: torch.dtype) -> None:
+    from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
+
+    angles = drawn(6, 1, 1, 4).repeat(1, 1, 1, 2)
+    config: Any = SimpleNamespace(apply_rope_fusion=False, rotary_interleaved=False)
+
+    def ours(x: Tensor) -> Tensor:
+        return rotate(x, angles.cos(), angles.sin())
+
+    def theirs(x: Tensor) -> Tensor:
+        return apply_rotary_pos_emb(x, angles, config=config, cp_group=config)
+
+    actual, expected = (value_and_gradients(turn, [drawn(6, 2, 3, 8, dtype=dtype)]) for turn in (ours, theirs))
+    assert all(value.equal(expected[name]) for name, value in actual.items())
 
 
 def test_a_cpu_has_torch_code() -> None:

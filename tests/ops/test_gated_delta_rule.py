@@ -1,5 +1,7 @@
 """gated_delta_rule against a float64 loop over the steps: values and all gradients."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -164,9 +166,25 @@ def test_fla_gets_its_layout(monkeypatch, with_starts):
     assert_close({"o": o}, {"o": reference(**inputs, document_starts=starts)}, FP32)
 
 
+@pytest.mark.parametrize(
+    ("capability", "triton", "serves"),
+    [(9, "3.3.1", True), (9, "3.4.0", False), (9, "3.7.0", False), (9, "3.7.1", True), (10, "3.6.0", True)],
+)
+def test_fla_is_left_out_where_its_gradients_are_wrong(monkeypatch, capability, triton, serves):
+    monkeypatch.setattr(module, "optional", lambda name: name)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
+    monkeypatch.setattr(module.importlib.metadata, "version", lambda name: triton)
+    module._fla_serves.cache_clear()
+    with warnings.catch_warnings(record=True) as heard:
+        assert module._fla_serves(torch.device("cuda")) == serves
+    assert [triton in str(warning.message) for warning in heard] == [True] * (not serves)
+    module._fla_serves.cache_clear()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("with_starts", [False, True])
 def test_fla_on_gpu(with_starts):
-    pytest.importorskip("fla.ops.gated_delta_rule")
+    if not module._fla_serves(torch.device("cuda")):
+        pytest.skip("flash-linear-attention is not there, or has wrong gradients here")
     inputs, starts, weight = make_inputs(700, 2, 2, 256, 512, torch.bfloat16)
     compare(gated_delta_rule, reference, inputs, weight, starts if with_starts else None, "cuda", tolerance=2e-2)

@@ -208,15 +208,15 @@ def test_unusable_backend(backend, monkeypatch):
 
 def test_choice_of_backend(monkeypatch):
     def usable(dtype, device, with_starts, *installed):
-        monkeypatch.setattr(module, "_importable", lambda name: name.split(".")[0] in installed)
+        monkeypatch.setattr(module, "optional", lambda name: name if name in installed else None)
         x = types.SimpleNamespace(dtype=dtype, device=torch.device(device))
         return module._usable_backends(x, with_starts)
 
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     both = ("mamba_ssm", "triton")
-    assert usable(torch.bfloat16, "cuda", False, *both) == ["mamba_ssm", "triton", "torch"]
+    assert usable(torch.bfloat16, "cuda", False, *both) == ["triton", "mamba_ssm", "torch"]
     assert usable(torch.bfloat16, "cuda", True, *both) == ["triton", "torch"]
-    assert usable(torch.bfloat16, "cuda", False, "triton") == ["triton", "torch"]
+    assert usable(torch.bfloat16, "cuda", False, "mamba_ssm") == ["mamba_ssm", "torch"]
     assert usable(torch.bfloat16, "cuda", False) == ["torch"]
     assert usable(torch.float64, "cuda", False, *both) == ["torch"]
     assert usable(torch.float32, "cpu", False, *both) == ["torch"]
