@@ -27,7 +27,9 @@ def torchrun(
     test and shows the end of them. A launch that takes longer than `timeout` seconds fails the test too, and shows
     where each process stood. Nothing that was started outlives the call.
     """
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    # By address: to look up this machine's own name takes torchrun long where there is no network.
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+    launcher += ["--nproc-per-node", str(processes)]
     mark = f"{os.getpid()}.{next(_numbers)}"
     # A file, because a pipe ends only when all who inherited it have.
     with tempfile.TemporaryFile("w+", errors="replace") as output:

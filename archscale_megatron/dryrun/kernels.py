@@ -31,7 +31,7 @@ def fused_kernels() -> Iterator[None]:
         contextlib.ExitStack() as scan,
     ):
         if optional("triton"):  # without it, a dry run has no Mamba-1
-            for name in ("_forward_kernel", "_carry_kernel", "_backward_kernel"):
+            for name in ("_scan_forward_kernel", "_scan_carry_kernel", "_scan_backward_kernel"):
                 scan.enter_context(mock.patch(f"{selective_scan.__name__}_triton.{name}", _NotLaunched()))
         yield
 

@@ -28,7 +28,7 @@ def forward(
     blocks = _blocks(width)
     grid = (triton.cdiv(rows, blocks["ROWS"]),)
     gate_stride = 0 if gate is None else gate.stride(0)
-    _forward_kernel[grid](x, gate, weight, bias, y, scales, rows, width, x.stride(0), gate_stride, eps, **blocks)
+    _norm_forward_kernel[grid](x, gate, weight, bias, y, scales, rows, width, x.stride(0), gate_stride, eps, **blocks)
 
 
 def backward(
@@ -54,7 +54,7 @@ def backward(
     strides = [0 if v is None else v.stride(0) for v in (grad, grad_residual, x, gate)]
     outputs = (grad_x, grad_gate, grad_weight, grad_bias)
     inputs = (grad, grad_residual, x, gate, weight, scales)
-    _backward_kernel[(len(grad_weight),)](*inputs, *outputs, rows, width, *strides, **_blocks(width))
+    _norm_backward_kernel[(len(grad_weight),)](*inputs, *outputs, rows, width, *strides, **_blocks(width))
 
 
 def _blocks(width: int) -> dict[str, int]:
@@ -74,7 +74,7 @@ def _centred(x, mask, width):
 
 
 @triton.jit
-def _forward_kernel(
+def _norm_forward_kernel(
     x, gate, weight, bias, y, scales, rows, width, x_stride, gate_stride, eps,
     ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -97,7 +97,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def _norm_backward_kernel(
     grad, grad_residual, x, gate, weight, scales, grad_x, grad_gate, grad_weight, grad_bias,
     rows, width, grad_stride, residual_stride, x_stride, gate_stride,
     ROWS: tl.constexpr, WIDTH: tl.constexpr,

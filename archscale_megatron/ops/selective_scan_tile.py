@@ -9,7 +9,7 @@ from archscale_megatron.ops.selective_scan_walk import HUGE, _softplus
 
 
 @triton.jit
-def _backward_kernel(
+def _scan_backward_kernel(
     dy, x, dt, A, B, C, D, dt_bias, starts, states, carries, scratch,
     grad_x, grad_dt, grad_A, grad_BC, grad_D, grad_bias,
     length, batch, d, dy_stride, x_stride, dt_stride, steps,

@@ -21,8 +21,8 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from archscale_megatron.ops.selective_scan_tile import _backward_kernel
-from archscale_megatron.ops.selective_scan_walk import _carry_kernel, _forward_kernel
+from archscale_megatron.ops.selective_scan_tile import _scan_backward_kernel
+from archscale_megatron.ops.selective_scan_walk import _scan_carry_kernel, _scan_forward_kernel
 
 TILE = 32  # time steps between the states that are kept
 WALK_STATES, WALK_UNROLL, WALK_WARPS = 512, 4, 1  # states of a program of the forward and carry kernels: 16 a thread
@@ -68,7 +68,7 @@ def _scan_forward(x, dt, A, B, C, D, dt_bias, starts) -> tuple[Tensor, Tensor]:
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     states = walk.empty(walk.tiles, walk.batch, walk.d, walk.block_n)
     walk.run(
-        _forward_kernel,
+        _scan_forward_kernel,
         (x, dt, walk.exponents(A), walk.rows(B), walk.rows(C), _fp32(D), _fp32(dt_bias), _as_int8(starts), y, states),
         (x.stride(1), dt.stride(1)),
     )
@@ -83,7 +83,7 @@ def _scan_backward(dy, x, dt, A, B, C, D, dt_bias, starts, states) -> tuple[Tens
     bias, starts = _fp32(dt_bias), _as_int8(starts)
     carries = torch.empty_like(states)
     strides = (dy.stride(1), x.stride(1), dt.stride(1))
-    walk.run(_carry_kernel, (dy, dt, A, C, bias, starts, carries), strides[::2], backwards=True)
+    walk.run(_scan_carry_kernel, (dy, dt, A, C, bias, starts, carries), strides[::2], backwards=True)
 
     block_d = max(1, TILE_STATES // walk.block_n)
     groups = triton.cdiv(triton.cdiv(d, block_d), BLOCKS_PER_PROGRAM)
@@ -95,7 +95,7 @@ def _scan_backward(dy, x, dt, A, B, C, D, dt_bias, starts, states) -> tuple[Tens
     grad_A = torch.empty_like(states)
     grad_BC = walk.empty(groups, batch, walk.steps, 2, walk.block_n)
     grad_D, grad_bias = (walk.empty(walk.tiles, batch, d) for _ in range(2))
-    _backward_kernel[grid](
+    _scan_backward_kernel[grid](
         dy, x, dt, A.t().contiguous(), B, C, _fp32(D), bias, starts, states, carries, scratch,
         grad_x, grad_dt, grad_A, grad_BC, grad_D, grad_bias,
         length, batch, d, *strides, walk.steps,

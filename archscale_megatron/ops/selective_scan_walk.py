@@ -61,7 +61,7 @@ def _step_size(dt_D, bias_D, starts, t, length, batch, i):
 
 
 @triton.jit
-def _forward_kernel(
+def _scan_forward_kernel(
     x, dt, A, B, C, D, dt_bias, starts, y, states, chunk_states, chunk_decays,
     length, batch, d, x_stride, dt_stride, chunk_tiles, steps,
     TILE: tl.constexpr, UNROLL: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -136,13 +136,13 @@ def _forward_kernel(
 
 
 @triton.jit
-def _carry_kernel(
+def _scan_carry_kernel(
     dy, dt, A, C, dt_bias, starts, carries, chunk_carries, chunk_decays,
     length, batch, d, dy_stride, dt_stride, chunk_tiles, steps,
     TILE: tl.constexpr, UNROLL: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
     EVEN_D: tl.constexpr, OUTPUT: tl.constexpr,
 ):  # fmt: skip
-    """As _forward_kernel, but of the state's gradient, from the last step to the first.
+    """As _scan_forward_kernel, but of the state's gradient, from the last step to the first.
 
     Carried from step to step is dL/dh as later steps make it: g_t = C_t dy_t + carry, then carry = a_t g_t.
     """

@@ -21,14 +21,15 @@ from pathlib import Path
 from typing import Any
 
 BF16_PEAK = 989e12  # FLOP/s of an H100 or H200 without sparsity, by the datasheet
-TOP_KERNELS = 40
+TOP_KERNELS, TOP_GAPS = 40, 20
 # Kind -> what the names of its kernels hold; the first that fits.
 KINDS = {
     "attention": r"flash|fmha|sdpa|cudnn.*attn|attention",
     "matrix products": r"gemm|nvjet|cutlass|cublas|xmma",
-    "scan": r"selective_scan|scan_|_scan|ssd|chunk_|_carry_kernel|^_forward_kernel|^_backward_kernel",
-    "convolution": r"conv",
+    "scan": r"scan|ssd|chunk_",
+    "convolution": r"conv_",
     "optimizer": r"adam|multi_tensor|foreach",
+    "elementwise": r"^triton_",  # what torch.compile made
     "copies": r"copy|memcpy|memset|catarray|transpose|fill",
 }
 
@@ -161,8 +162,31 @@ def profile(step: Any) -> dict[str, Any]:
     kinds: Counter[str] = Counter()
     for name, ms in times.items():
         kinds[kind_of(name)] += ms
+    gaps = idle(profiler.events())
     top = [[name[:160], round(ms, 3), calls[name]] for name, ms in times.most_common(TOP_KERNELS)]
-    return {"kernel_ms": dict(kinds.most_common()), "kernel_ms_sum": sum(times.values()), "top_kernels": top}
+    return {
+        "kernel_ms": dict(kinds.most_common()),
+        "kernel_ms_sum": sum(times.values()),
+        "top_kernels": top,
+        "gaps": gaps,
+    }
+
+
+def idle(events: Any) -> list[list[Any]]:
+    """The longest times in which the GPU had nothing to do: milliseconds, and the kernels before and behind."""
+    import torch
+
+    cuda = torch.autograd.DeviceType.CUDA
+    spans = sorted((e.time_range.start, e.time_range.end, e.name) for e in events if e.device_type == cuda)
+    gaps: list[list[Any]] = []
+    end, last = (spans[0][0], "") if spans else (0, "")
+    for start, stop, name in spans:
+        if start > end:
+            gaps.append([round((start - end) / 1e3, 3), last[:100], name[:100]])
+        if stop > end:
+            end, last = stop, name
+    longest = sorted(gaps, key=lambda gap: -gap[0])[:TOP_GAPS]
+    return [[round(sum(gap[0] for gap in gaps), 3), "all", f"{len(gaps)} gaps"], *longest]
 
 
 def kind_of(kernel: str) -> str:

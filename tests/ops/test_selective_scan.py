@@ -290,7 +290,11 @@ def test_triton_compiles_without_gpu(backend, arch, warp_size, tmp_path, monkeyp
     walks = [walk | {"EVEN_D": even, "OUTPUT": not even} for even in (True, False)]
     tile = {"UNROLL": scan.TILE_UNROLL, "BLOCK_D": scan.TILE_STATES // 16, "EVEN_D": True}
     tiles = [tile | {"BLOCKS": scan.BLOCKS_PER_PROGRAM}]
-    kernels = ((scan._forward_kernel, walks), (scan._carry_kernel, walks), (scan._backward_kernel, tiles))
+    kernels = (
+        (scan._scan_forward_kernel, walks),
+        (scan._scan_carry_kernel, walks),
+        (scan._scan_backward_kernel, tiles),
+    )
     for kernel, blocks in ((kernel, one) for kernel, several in kernels for one in several):
         # Triton makes an argument that is 1 or None a constant, which compiles differently.
         for constants in ({"batch": 1, "starts": None}, {"length": 1, "batch": 1, "d": 1, "dt_bias": None}, {}):
