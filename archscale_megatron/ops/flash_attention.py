@@ -104,6 +104,7 @@ def _package_flash(
         "softmax_scale": softmax_scale,
         "causal": True,
         "window_size": (-1, -1) if window is None else (window - 1, 0),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
     }
     if ends is None:
         return flash_attn_func(query, key, value, **options)

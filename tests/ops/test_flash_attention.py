@@ -178,7 +178,9 @@ def flash_attn(monkeypatch):
     """A package flash-attn of its signatures; the calls of its two functions."""
     calls = []
 
-    def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1)):
+    def flash_attn_func(
+        q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), deterministic=False
+    ):
         left, right = window_size
         check(q, k, v, None, None, q.shape[1], k.shape[1], left, 0 if window_size == (-1, -1) else right)
         assert causal and dropout_p == 0
@@ -187,7 +189,7 @@ def flash_attn(monkeypatch):
 
     def flash_attn_varlen_func(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-        dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1),
+        dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), deterministic=False,
     ):  # fmt: skip
         left, right = window_size
         ends = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
