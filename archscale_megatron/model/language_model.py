@@ -14,6 +14,7 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor
 
+from archscale_megatron.ops.cross_entropy import cross_entropy
 from archscale_megatron.ops.linear_cross_entropy import linear_cross_entropy
 
 
@@ -64,15 +65,26 @@ class HybridLanguageModel(HybridModel):
             self.output_layer.labels = None
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """Megatron's loss of logits [s, b, vocabulary / tp], and torch's label smoothing (see `ops`), fp32 [b, s].
+        """Loss of logits [s, b, vocabulary / tp] with torch's label smoothing (see `ops`), fp32 [b, s]: on a GPU ours,
+        which writes over the logits; elsewhere, and where its fused one is asked for, Megatron's.
 
         nll + e * (logit of the label - mean logit) is (1 - e) * nll + e * mean of -log p.
         """
         smoothing = self.config.label_smoothing
+        vocab_size = self.config.architecture.vocab_size
+        if not self.config.cross_entropy_loss_fusion:
+            losses = cross_entropy(
+                logits,
+                labels.transpose(0, 1),
+                vocab_size=vocab_size,
+                label_smoothing=smoothing,
+                tp_group=self.tp_group,
+            )
+            if losses is not None:
+                return losses.transpose(0, 1).contiguous()
         if not smoothing:
             return super().compute_language_model_loss(labels, logits)
         first = self.tp_group.rank() * logits.shape[-1]
-        vocab_size = self.config.architecture.vocab_size
         column = labels.transpose(0, 1).flatten() - first
         is_here = (column >= 0) & (column < logits.shape[-1])
         rows = torch.arange(len(column), device=logits.device)

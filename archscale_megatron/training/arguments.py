@@ -176,7 +176,7 @@ def apply_arguments(args: argparse.Namespace, explicit: dict[str, str]) -> None:
     _choose_loss(args, arch, explicit)
     spikes.check_options(args.spike_window, args.spike_threshold)
     eval_tasks.check_options(args)
-    for name, value in defaults(args).items():
+    for name, value in defaults().items():
         if name not in explicit:
             setattr(args, name, value)
     set_optimizer(args, explicit)

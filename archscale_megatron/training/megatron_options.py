@@ -90,7 +90,7 @@ def refuse_contradictions(args: argparse.Namespace, arch: Architecture, explicit
         )
 
 
-def defaults(args: argparse.Namespace) -> dict[str, Any]:
+def defaults() -> dict[str, Any]:
     """What we choose where the user did not: ArchScale has no dropout, and a machine may lack fused kernels."""
     chosen: dict[str, Any] = {
         "attention_dropout": 0.0,
@@ -104,7 +104,6 @@ def defaults(args: argparse.Namespace) -> dict[str, Any]:
         "transformer_impl": "transformer_engine" if HAVE_TE else "local",
         "apply_rope_fusion": HAVE_TE,  # Megatron's fused RoPE is Transformer Engine's
         "gradient_accumulation_fusion": not cpu.ACTIVE and weight_gradient.available(_device()),
-        "cross_entropy_loss_fusion": not args.deterministic_mode,  # which Megatron then refuses
         "masked_softmax_fusion": False,  # our attention has no separate softmax
         "no_persist_layer_norm": True,
         "moe_token_dispatcher_type": "alltoall",
@@ -116,7 +115,6 @@ def defaults(args: argparse.Namespace) -> dict[str, Any]:
             "transformer_impl": "local",
             "bias_swiglu_fusion": False,
             "bias_dropout_fusion": False,
-            "cross_entropy_loss_fusion": False,
         }
     return chosen
 

@@ -12,6 +12,7 @@ from archscale_megatron.dryrun.kernels import fused_kernels
 from archscale_megatron.dryrun.recorder import Recorder
 from archscale_megatron.ops.attention import attention
 from archscale_megatron.ops.causal_conv import causal_conv1d
+from archscale_megatron.ops.cross_entropy import cross_entropy
 from archscale_megatron.ops.gate import silu_gate
 from archscale_megatron.ops.norm import norm
 from archscale_megatron.ops.selective_scan import selective_scan
@@ -75,6 +76,18 @@ def test_stand_in_keeps_what_the_kernel_keeps(name: str) -> None:
         loss.backward()
     for x in inputs:
         assert x.grad is not None and x.grad.shape == x.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_loss_keeps_three_numbers_a_token(dtype: torch.dtype) -> None:
+    """The maximum, the sum of exponentials and one beside it, fp32; the gradient takes the place of the logits."""
+    logits, labels = leaf(S, B, 64, dtype=dtype), torch.zeros(S, B, dtype=torch.int64)
+    with fused_kernels(), Recorder({}) as recorder:
+        losses = cross_entropy(logits, labels, vocab_size=60, label_smoothing=0.1)
+        assert losses is not None and (losses.shape, losses.dtype) == ((S, B), torch.float32)
+        assert recorder.live == 3 * 4 * S * B + losses.nbytes
+        (gradient,) = torch.autograd.grad(losses.sum(), logits)
+        assert (gradient.shape, gradient.data_ptr()) == (logits.shape, logits.data_ptr())
 
 
 @pytest.mark.parametrize("build", [attend, convolve])

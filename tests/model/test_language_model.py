@@ -6,6 +6,7 @@ from megatron.core.models.hybrid.hybrid_model import HybridModel
 from torch import Tensor
 
 from archscale_megatron.archs.build import build_architecture
+from archscale_megatron.model import language_model
 from archscale_megatron.model.language_model import HybridLanguageModel
 from archscale_megatron.model.spec import build_model
 from tests.model.building import config_of
@@ -13,7 +14,8 @@ from tests.model.building import config_of
 pytestmark = pytest.mark.usefixtures("one_process")
 
 VOCABULARY, PADDED, BATCH, SEQUENCE = 90, 128, 2, 13
-TOLERANCES = {"plain": 1e-5, "fused": 1e-2, "chunked": 1e-5}  # of gradients; Megatron's fused loss makes bf16 ones
+# Of gradients; Megatron's fused loss makes bf16 ones.
+TOLERANCES = {"plain": 1e-5, "kernels": 1e-5, "fused": 1e-2, "chunked": 1e-5}
 
 
 def model_of(tied: bool, **options: object) -> HybridLanguageModel:
@@ -29,6 +31,13 @@ def model_of(tied: bool, **options: object) -> HybridLanguageModel:
 def batch() -> tuple[Tensor, Tensor]:
     tokens = torch.randint(VOCABULARY, (BATCH, SEQUENCE + 1), generator=torch.Generator().manual_seed(3))
     return tokens[:, :-1], tokens[:, 1:]
+
+
+def in_torch(logits: Tensor, labels: Tensor, *, vocab_size: int, label_smoothing: float, tp_group: object) -> Tensor:
+    """In the place of `ops.cross_entropy`, whose kernels need a GPU (and are tested beside it)."""
+    log_p = logits.log_softmax(-1)
+    nll = -log_p.gather(-1, labels[..., None]).squeeze(-1)
+    return (1 - label_smoothing) * nll - label_smoothing * log_p[..., :vocab_size].mean(-1)
 
 
 @pytest.mark.parametrize("loss", TOLERANCES)
@@ -52,8 +61,10 @@ def test_equals_the_formula(loss: str, smoothing: float, tied: bool, monkeypatch
     names, parameters = zip(*model.named_parameters(), strict=True)
     expected_grads = torch.autograd.grad((expected * weights).sum(), parameters)
 
-    if loss == "chunked":
-        monkeypatch.setattr(HybridModel, "compute_language_model_loss", None)  # the only way to a loss of logits
+    if loss in ("chunked", "kernels"):
+        monkeypatch.setattr(HybridModel, "compute_language_model_loss", None)  # Megatron's loss of logits
+    if loss != "plain":
+        monkeypatch.setattr(language_model, "cross_entropy", in_torch if loss == "kernels" else None)
     losses = model(tokens, None, None, labels=labels)
     assert losses.dtype == torch.float32
     torch.testing.assert_close(losses.double(), expected, rtol=1e-6, atol=1e-6)

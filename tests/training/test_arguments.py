@@ -20,7 +20,7 @@ from archscale_megatron.checkpoint.run_directory import write_architecture
 from archscale_megatron.model.config import HybridConfig
 from archscale_megatron.ops import weight_gradient
 from archscale_megatron.training.arguments import PLAIN_LOSS_ONLY, parse_arguments
-from archscale_megatron.training.megatron_options import FIXED, defaults
+from archscale_megatron.training.megatron_options import FIXED
 from tests.training.data import write_dataset
 
 Parse = Callable[..., argparse.Namespace]
@@ -104,8 +104,7 @@ def test_config_on_a_gpu_without_transformer_engine(parse: Parse, monkeypatch: p
     args = parse("--train-model", family, "--depth", "16", "--bf16")
     assert (args.transformer_impl, args.apply_rope_fusion) == ("local", False)
     config = core_transformer_config_from_args(args, HybridConfig)
-    assert config.bias_activation_fusion and config.cross_entropy_loss_fusion and config.gradient_accumulation_fusion
-    assert not defaults(argparse.Namespace(deterministic_mode=True))["cross_entropy_loss_fusion"]
+    assert config.bias_activation_fusion and config.gradient_accumulation_fusion
 
 
 def test_agreeing_megatron_flags_are_accepted(parse: Parse) -> None:
