@@ -174,6 +174,8 @@ def test_choice_of_kernel(monkeypatch) -> None:
     assert chosen(both, d=12) == chosen(both, k=5) == chosen(both, k=1) == chosen(["triton"]) == "triton"
     assert chosen([]) == chosen(["causal_conv1d"], d=12) == "torch"
     assert chosen(both, device="cpu") == chosen(both, dtype=torch.float64) == "torch"
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert chosen(both) == "triton"
 
 
 def triton(x, weight, bias, document_starts=None, activation="silu"):
