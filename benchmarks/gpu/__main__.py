@@ -24,13 +24,17 @@ from benchmarks.gpu.versions import versions
 
 ROOT = Path(__file__).resolve().parents[2]
 # A Transformer++ of SambaY's size at 32K: the paper's comparison (arXiv 2507.06607, Table 2).
-LONG = {"length": 32768, "micro_batch": 1, "micro_batches": 1, "options": ("--cross-entropy", "chunked"), "steps": 5}
+LONG = {"length": 32768, "micro_batch": 1, "steps": 5}
 MODELS = {
     "transformer d16": Settings("transformer", 16),
     "sambay d16": Settings("sambay", 16),
     "sambay d16, mamba_ssm": Settings("sambay", 16, scan="mamba_ssm"),
     "sambay d16, documents": Settings("sambay", 16, document_length=1024),
     "transformer d16, documents": Settings("transformer", 16, document_length=1024),
+    "transformer d16, 8 micro-batches": Settings(
+        "transformer", 16, micro_batches=8, steps=4, warm_up=2, profiled=False
+    ),
+    "sambay d16, 8 micro-batches": Settings("sambay", 16, micro_batches=8, steps=4, warm_up=2, profiled=False),
     "samba d16": Settings("samba", 16),
     "transformer d16, 32K": Settings("transformer", 16, **LONG),
     "sambay d16, 32K": Settings("sambay", 16, **LONG),

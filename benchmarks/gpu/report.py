@@ -15,7 +15,7 @@ TOP = 25
 def report(results: Path) -> str:
     """Markdown of all rows."""
     rows = [json.loads(line) for line in results.read_text().splitlines()]
-    parts = [_versions(rows), _ceilings(rows), _kernels(rows), _steps(rows), _shares(rows), _longest(rows)]
+    parts = [_versions(rows), _ceilings(rows), _kernels(rows), _steps(rows), _shares(rows), _idle(rows), _longest(rows)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -78,6 +78,18 @@ def _shares(rows: list[dict[str, Any]]) -> str:
         step = 1e3 * sorted(row["seconds"])[len(row["seconds"]) // 2]
         table.append([row["name"], f"{step:.0f}", f"{row['kernel_ms_sum']:.0f}", *(f"{share:.1%}" for share in shares)])
     return _table(("model", "step ms", "kernels ms", *kinds), table)
+
+
+def _idle(rows: list[dict[str, Any]]) -> str:
+    tables = [
+        f"Times in which the GPU had nothing to do, in a step of {row['name']}:\n\n"
+        + _table(
+            ("ms", "behind", "before"), [[f"{ms:.2f}", f"`{last}`", f"`{name}`"] for ms, last, name in row["gaps"]]
+        )
+        for row in _of_steps(rows)
+        if row.get("gaps")
+    ]
+    return "\n\n".join(tables)
 
 
 def _longest(rows: list[dict[str, Any]]) -> str:
