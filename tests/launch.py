@@ -27,17 +27,31 @@ def torchrun(
     test and shows the end of them. A launch that takes longer than `timeout` seconds fails the test too, and shows
     where each process stood. Nothing that was started outlives the call.
     """
-    # By address: to look up this machine's own name takes torchrun long where there is no network.
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
-    launcher += ["--nproc-per-node", str(processes)]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return _launch([*prefix, *launcher, *command], {}, timeout, check)
+
+
+def one_process(
+    *command: str, timeout: float = 600, check: bool = True, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run `python COMMAND...` as the only rank there is, otherwise likewise: without torchrun, which looks up its own
+    machine's name, and waits long for that where there is no network."""
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    return _launch([sys.executable, *command], ranks | environment, timeout, check)
+
+
+def _launch(
+    command: list[str], environment: dict[str, str], timeout: float, check: bool
+) -> subprocess.CompletedProcess[str]:
     mark = f"{os.getpid()}.{next(_numbers)}"
     # A file, because a pipe ends only when all who inherited it have.
     with tempfile.TemporaryFile("w+", errors="replace") as output:
         process = subprocess.Popen(
-            [*prefix, *launcher, *command],
+            command,
             cwd=ROOT,
             env=os.environ
-            | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONFAULTHANDLER": "1", MARK: mark},
+            | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONFAULTHANDLER": "1", MARK: mark}
+            | environment,
             stdout=output,
             stderr=subprocess.STDOUT,
         )
@@ -53,9 +67,9 @@ def torchrun(
         output.seek(0)
         finished = subprocess.CompletedProcess(process.args, process.returncode, output.read())
     if late:
-        raise AssertionError(f"{' '.join(command)} on {processes} processes: {late}\n{finished.stdout[-30000:]}")
+        raise AssertionError(f"{' '.join(command)}: {late}\n{finished.stdout[-30000:]}")
     if check and finished.returncode:
-        raise AssertionError(f"{' '.join(command)} on {processes} processes failed:\n{finished.stdout[-6000:]}")
+        raise AssertionError(f"{' '.join(command)} failed:\n{finished.stdout[-6000:]}")
     return finished
 
 

@@ -1,9 +1,14 @@
-"""Causal depthwise convolution in Triton, forward and backward, for any GPU: x is read once and y written once.
+"""Causal depthwise convolution in Triton, forward and backward, for any GPU: every tensor is read and written once.
 
-A program takes BLOCK channels of one row of the batch, and STEPS time steps of it, TILE at a time. Every tap loads its
-own shifted tile; all but the first find it in a cache. The backward pass computes the sums before the activation again.
+A program walks through STEPS time steps of BLOCK channels of one row of the batch, from the last step to the first,
+with the rows of the next UNROLL steps already on their way. Backward, it computes each step's sums before the
+activation again, and from them their gradient g, once. The g of the steps that x_t goes into stay in registers until
+the walk comes to t; those of the first steps after the walk's own, it computes as well.
+
 Nothing is added atomically: torch adds up the partial sums over time and batch, so results repeat exactly.
 """
+
+import math
 
 import torch
 import triton
@@ -11,7 +16,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-BLOCK, TILE, STEPS = 128, 16, 128
+STEPS, UNROLL = 64, 4
+BLOCK, WARPS = 128, 1  # 4 neighbouring channels in a thread
 
 
 def causal_conv1d_triton(
@@ -26,17 +32,11 @@ class _CausalConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, starts, activation):
         ctx.save_for_backward(x, weight, bias, starts)
-        ctx.options = {
-            "TAPS": weight.shape[-1],
-            "SILU": activation == "silu",
-            "BLOCK": BLOCK,
-            "TILE": TILE,
-            "STEPS": STEPS,
-        }
+        ctx.silu = activation == "silu"
         x = _dense_rows(x)
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        inputs = x, weight.contiguous(), bias, starts
-        _forward_kernel[_grid(x)](*inputs, y, *x.shape, *x.stride()[:2], **ctx.options)
+        inputs, strides = (x, weight.contiguous(), bias, starts), x.stride()[:2]
+        _conv_forward_kernel[_grid(x)](*inputs, y, *x.shape, *strides, **_options(x, weight, ctx.silu, strides))
         return y
 
     @staticmethod
@@ -48,10 +48,9 @@ class _CausalConv(torch.autograd.Function):
         grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         # Of each program: a row for each tap, and one for the bias.
         grads = torch.empty(grid[1] * grid[2], taps + 1, x.shape[-1], dtype=torch.float32, device=x.device)
-        inputs = x, weight.contiguous(), bias, starts, dy
-        strides = *x.stride()[:2], *dy.stride()[:2]
-        rows = triton.next_power_of_2(taps + 1)
-        _backward_kernel[grid](*inputs, grad_x, grads, *x.shape, *strides, ROWS=rows, **ctx.options)
+        inputs, strides = (x, weight.contiguous(), bias, starts, dy), (*x.stride()[:2], *dy.stride()[:2])
+        options = _options(x, weight, ctx.silu, strides)
+        _conv_backward_kernel[grid](*inputs, grad_x, grads, *x.shape, *strides, **options)
         total = grads.sum(0)
         grad_weight = total[:taps].t().unsqueeze(1).to(weight.dtype)
         grad_bias = None if bias is None else total[taps].to(bias.dtype)
@@ -67,102 +66,188 @@ def _grid(x: Tensor) -> tuple[int, int, int]:
     return triton.cdiv(d, BLOCK), triton.cdiv(length, STEPS), batch
 
 
-# Names in the kernels end in the tile's shape: T time steps, D channels, R rows of gradients. Steps t are 64-bit
-# integers, as tensors may pass 2^31 elements. `step` and `row` are the strides of time and batch of a [s, b, d] tensor
-# whose d is dense; `i` is the row of the batch.
+def _options(x: Tensor, weight: Tensor, silu: bool, strides: tuple[int, ...]) -> dict[str, int | bool]:
+    """The kernels' constants. ALIGNED divides d and all strides: it lets a thread load its channels at once."""
+    constants = {"TAPS": weight.shape[-1], "SILU": silu, "ALIGNED": math.gcd(16, x.shape[-1], *strides)}
+    return constants | {"BLOCK": BLOCK, "STEPS": STEPS, "UNROLL": UNROLL, "num_warps": WARPS}
+
+
+# Names in the kernels end in what they hold: D a value for each channel; J one of those for each tap, where j belongs
+# to a distance of j steps; R one for each of a number of steps, the latest first. `step` and `row` are the strides of
+# time and batch of a [s, b, d] tensor whose d is dense; `i` is the row of the batch. Offsets are in 64 bits, as tensors
+# may pass 2^31 elements.
 
 
 @triton.jit
-def _tile(ptr, t_T, in_T, i, step, row, channel_D, in_D):
-    """Time steps t of a [s, b, d] tensor in fp32, 0 where not `in_T`."""
-    mask = in_T[:, None] & in_D[None, :]
-    return tl.load(ptr + (t_T * step + i * row)[:, None] + channel_D[None, :], mask=mask, other=0.0).to(tl.float32)
+def _channels(length, d, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
+    """(the program's channels, the number of steps of each: none past the last channel)."""
+    channel_D = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    # The compiler heeds no tl.multiple_of an argument.
+    return channel_D, tl.where(channel_D < d // ALIGNED * ALIGNED, length, 0)
 
 
 @triton.jit
-def _weight(weight, shift: tl.constexpr, channel_D, in_D, TAPS: tl.constexpr):
-    """The factor of the input `shift` steps ago."""
-    return tl.load(weight + channel_D * TAPS + (TAPS - 1 - shift), mask=in_D, other=0.0).to(tl.float32)
+def _at(ptr_D, n, stride, ALIGNED: tl.constexpr):
+    return ptr_D + tl.multiple_of(n.to(tl.int64) * stride, ALIGNED)
 
 
 @triton.jit
-def _goes_on(starts, t_T, in_T, i, batch):
-    """`in_T` without the steps t with which a document starts."""
-    if starts is not None:
-        in_T = in_T & (tl.load(starts + t_T * batch + i, mask=in_T, other=0) == 0)
-    return in_T
+def _rows(ptr_D, t, COUNT: tl.constexpr, length_D, step, ALIGNED: tl.constexpr):
+    """COUNT rows, that of step t first; those outside of the sequence are 0."""
+    row_R = ()
+    for r in tl.static_range(COUNT):
+        # As unsigned numbers, steps before the first are past the last.
+        inside_D = tl.cast(t - r, tl.uint32) < tl.cast(length_D, tl.uint32)
+        row_R = row_R + (tl.load(_at(ptr_D, t - r, step, ALIGNED), mask=inside_D, other=0),)
+    return row_R
 
 
 @triton.jit
-def _sums(x, weight, bias, starts, t_T, in_T, i, batch, step, row, channel_D, in_D, TAPS: tl.constexpr):
-    """What the activation is applied to, at the steps t that are `in_T`."""
-    zeros_D = tl.zeros(channel_D.shape, tl.float32)
-    bias_D = zeros_D if bias is None else tl.load(bias + channel_D, mask=in_D, other=0.0).to(tl.float32)
-    sums_TD = in_T[:, None].to(tl.float32) * bias_D[None, :]
-    for shift in tl.static_range(TAPS):
-        if shift > 0:
-            in_T = _goes_on(starts, t_T - (shift - 1), in_T & (t_T >= shift), i, batch)
-        x_TD = _tile(x, t_T - shift, in_T, i, step, row, channel_D, in_D)
-        sums_TD += x_TD * _weight(weight, shift, channel_D, in_D, TAPS)[None, :]
-    return sums_TD
+def _starts(starts, t, COUNT: tl.constexpr, length, i, batch):
+    """COUNT flags, that of step t first; none where there are no documents."""
+    return () if starts is None else _rows(starts + i, t, COUNT, length, batch, 1)
 
 
 @triton.jit
-def _forward_kernel(
+def _fp32(row_R):
+    converted_R = ()
+    for r in tl.static_range(len(row_R)):
+        converted_R = converted_R + (row_R[r].to(tl.float32),)
+    return converted_R
+
+
+@triton.jit
+def _parameters(weight, bias, channel_D, length_D, TAPS: tl.constexpr):
+    """(the factors of the inputs j steps ago, the bias), in fp32."""
+    weight_J = ()
+    for j in tl.static_range(TAPS):
+        weight_J = weight_J + (tl.load(weight + channel_D * TAPS + (TAPS - 1 - j), mask=length_D > 0, other=0),)
+    bias_D = tl.zeros(channel_D.shape, tl.float32)
+    if bias is not None:
+        bias_D += tl.load(bias + channel_D, mask=length_D > 0, other=0)
+    return _fp32(weight_J), bias_D
+
+
+@triton.jit
+def _dot(a_J, b_J, plus_D):
+    for j in tl.static_range(len(a_J)):
+        plus_D += a_J[j] * b_J[j]
+    return plus_D
+
+
+@triton.jit
+def _sums(x_R, start_R, at: tl.constexpr, weight_J, bias_D):
+    """What the activation is applied to at the step whose place in x_R is `at`."""
+    x_J, seen = (x_R[at],), True
+    for j in tl.static_range(1, len(weight_J)):
+        x_D = x_R[at + j]
+        if len(start_R) > 0:
+            seen = seen & (start_R[at + j - 1] == 0)
+            x_D = tl.where(seen, x_D, 0.0)
+        x_J = x_J + (x_D,)
+    return _dot(weight_J, x_J, bias_D)
+
+
+@triton.jit
+def _sigmoid(s_D):
+    """1 / (1 + exp(-s)), for which a division takes three times the instructions."""
+    root_D = tl.rsqrt(1 + tl.exp2(s_D * -1.4426950408889634))
+    return root_D * root_D
+
+
+@triton.jit
+def _conv_forward_kernel(
     x, weight, bias, starts, y, length, batch, d, step, row,
-    TAPS: tl.constexpr, SILU: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, STEPS: tl.constexpr,
+    TAPS: tl.constexpr, SILU: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr, STEPS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    channel_D = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    i = tl.program_id(2).to(tl.int64)
-    in_D = channel_D < d
-    for tile in range(STEPS // TILE):
-        t_T = tl.program_id(1).to(tl.int64) * STEPS + tile * TILE + tl.arange(0, TILE)
-        in_T = t_T < length
-        y_TD = _sums(x, weight, bias, starts, t_T, in_T, i, batch, step, row, channel_D, in_D, TAPS)
-        if SILU:
-            y_TD *= tl.sigmoid(y_TD)
-        offset_TD = ((t_T * batch + i) * d)[:, None] + channel_D[None, :]
-        tl.store(y + offset_TD, y_TD.to(y.dtype.element_ty), mask=in_T[:, None] & in_D[None, :])
+    i = tl.program_id(2)
+    channel_D, length_D = _channels(length, d, BLOCK, ALIGNED)
+    weight_J, bias_D = _parameters(weight, bias, channel_D, length_D, TAPS)
+    x_D, y_D = _at(x + channel_D, i, row, ALIGNED), _at(y + channel_D, i, d, ALIGNED)
+
+    t = tl.program_id(1) * STEPS + STEPS - 1
+    x_R = _fp32(_rows(x_D, t, UNROLL + TAPS - 1, length_D, step, ALIGNED))
+    start_R = _starts(starts, t, UNROLL + TAPS - 1, length, i, batch)
+    for _ in range(STEPS // UNROLL):
+        ahead = t - (UNROLL + TAPS - 1)
+        next_x_R = _rows(x_D, ahead, UNROLL, length_D, step, ALIGNED)
+        next_start_R = _starts(starts, ahead, UNROLL, length, i, batch)
+        for u in tl.static_range(UNROLL):
+            s_D = _sums(x_R, start_R, u, weight_J, bias_D)
+            if SILU:
+                s_D *= _sigmoid(s_D)
+            tl.store(_at(y_D, t - u, batch * d, ALIGNED), s_D.to(y.dtype.element_ty), mask=t - u < length_D)
+        x_R, start_R = x_R[UNROLL:] + _fp32(next_x_R), start_R[UNROLL:] + next_start_R
+        t -= UNROLL
 
 
 @triton.jit
-def _backward_kernel(
-    x, weight, bias, starts, dy, grad_x, grads, length, batch, d, step, row, dy_step, dy_row,
-    TAPS: tl.constexpr, SILU: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, STEPS: tl.constexpr,
-    ROWS: tl.constexpr,
-):  # fmt: skip
-    channel_D = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    i = tl.program_id(2).to(tl.int64)
-    in_D = channel_D < d
-    row_R = tl.arange(0, ROWS)
-    grads_RD = tl.zeros((ROWS, BLOCK), tl.float32)
-    for tile in range(STEPS // TILE):
-        t_T = tl.program_id(1).to(tl.int64) * STEPS + tile * TILE + tl.arange(0, TILE)
-        in_T = t_T < length
+def _gradient(dy_D, x_R, start_R, at: tl.constexpr, weight_J, bias_D, SILU: tl.constexpr):
+    """The gradient of `_sums`."""
+    if SILU:
+        s_D = _sums(x_R, start_R, at, weight_J, bias_D)
+        sigmoid_D = _sigmoid(s_D)
+        dy_D *= sigmoid_D * (1 + s_D * (1 - sigmoid_D))
+    return dy_D
 
-        # x_t is in the sums of the steps t + shift of its document.
-        grad_x_TD = tl.zeros((TILE, BLOCK), tl.float32)
-        seen_T = in_T
-        for shift in tl.static_range(TAPS):
-            if shift > 0:
-                seen_T = _goes_on(starts, t_T + shift, seen_T & (t_T + shift < length), i, batch)
-            g_TD = _tile(dy, t_T + shift, seen_T, i, dy_step, dy_row, channel_D, in_D)
-            if SILU:
-                later_T = t_T + shift
-                s_TD = _sums(x, weight, bias, starts, later_T, seen_T, i, batch, step, row, channel_D, in_D, TAPS)
-                sigmoid_TD = tl.sigmoid(s_TD)
-                g_TD *= sigmoid_TD * (1 + s_TD * (1 - sigmoid_TD))
-            grad_x_TD += g_TD * _weight(weight, shift, channel_D, in_D, TAPS)[None, :]
-            if shift == 0:  # of the sums at t themselves
-                grads_RD += tl.where(row_R[:, None] == TAPS, tl.sum(g_TD, 0)[None, :], 0.0)
-                before_T = in_T
-                for back in tl.static_range(TAPS):
-                    if back > 0:
-                        before_T = _goes_on(starts, t_T - (back - 1), before_T & (t_T >= back), i, batch)
-                    x_TD = _tile(x, t_T - back, before_T, i, step, row, channel_D, in_D)
-                    grads_RD += tl.where(row_R[:, None] == TAPS - 1 - back, tl.sum(g_TD * x_TD, 0)[None, :], 0.0)
-        offset_TD = ((t_T * batch + i) * d)[:, None] + channel_D[None, :]
-        tl.store(grad_x + offset_TD, grad_x_TD.to(grad_x.dtype.element_ty), mask=in_T[:, None] & in_D[None, :])
-    program = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
-    offset_RD = (program.to(tl.int64) * (TAPS + 1) + row_R)[:, None] * d + channel_D[None, :]
-    tl.store(grads + offset_RD, grads_RD, mask=(row_R <= TAPS)[:, None] & in_D[None, :])
+
+@triton.jit
+def _carry(g_J, start_R, at: tl.constexpr):
+    """The gradients g at and after a step, but for the last, for the step before it: 0 if a document starts."""
+    later_J = ()
+    for j in tl.static_range(len(g_J) - 1):
+        g_D = g_J[j]
+        if len(start_R) > 0:
+            g_D = tl.where(start_R[at] == 0, g_D, 0.0)
+        later_J = later_J + (g_D,)
+    return later_J
+
+
+@triton.jit
+def _conv_backward_kernel(
+    x, weight, bias, starts, dy, grad_x, grads, length, batch, d, step, row, dy_step, dy_row,
+    TAPS: tl.constexpr, SILU: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr, STEPS: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(2)
+    channel_D, length_D = _channels(length, d, BLOCK, ALIGNED)
+    weight_J, bias_D = _parameters(weight, bias, channel_D, length_D, TAPS)
+    x_D, dy_D = _at(x + channel_D, i, row, ALIGNED), _at(dy + channel_D, i, dy_row, ALIGNED)
+    grad_x_D = _at(grad_x + channel_D, i, d, ALIGNED)
+    zeros_D = tl.zeros(channel_D.shape, tl.float32)
+    grad_weight_J, grad_bias_D = (zeros_D,) * TAPS, zeros_D
+
+    # The steps after the walk's last
+    AFTER: tl.constexpr = TAPS - 1
+    t = tl.program_id(1) * STEPS + STEPS - 1
+    x_R = _fp32(_rows(x_D, t + AFTER, UNROLL + 2 * AFTER, length_D, step, ALIGNED))
+    dy_R = _fp32(_rows(dy_D, t + AFTER, UNROLL + AFTER, length_D, dy_step, ALIGNED))
+    start_R = _starts(starts, t + AFTER, UNROLL + 2 * AFTER, length, i, batch)
+    later_J = (zeros_D,) * AFTER
+    for u in tl.static_range(AFTER):
+        g_D = _gradient(dy_R[u], x_R, start_R, u, weight_J, bias_D, SILU)
+        later_J = _carry((g_D,) + later_J, start_R, u)
+
+    x_R, dy_R, start_R = x_R[AFTER:], dy_R[AFTER:], start_R[AFTER:]
+    for _ in range(STEPS // UNROLL):
+        next_x_R = _rows(x_D, t - AFTER - UNROLL, UNROLL, length_D, step, ALIGNED)
+        next_dy_R = _rows(dy_D, t - UNROLL, UNROLL, length_D, dy_step, ALIGNED)
+        next_start_R = _starts(starts, t - AFTER - UNROLL, UNROLL, length, i, batch)
+        for u in tl.static_range(UNROLL):
+            g_D = _gradient(dy_R[u], x_R, start_R, u, weight_J, bias_D, SILU)
+            g_J = (g_D,) + later_J
+            later_J = _carry(g_J, start_R, u)
+            out_D = _dot(weight_J, g_J, zeros_D).to(grad_x.dtype.element_ty)
+            tl.store(_at(grad_x_D, t - u, batch * d, ALIGNED), out_D, mask=t - u < length_D)
+            added_J = ()
+            for j in tl.static_range(TAPS):
+                added_J = added_J + (grad_weight_J[j] + g_J[j] * x_R[u],)
+            grad_weight_J, grad_bias_D = added_J, grad_bias_D + g_D
+        x_R, dy_R, start_R = x_R[UNROLL:] + _fp32(next_x_R), _fp32(next_dy_R), start_R[UNROLL:] + next_start_R
+        t -= UNROLL
+
+    first = (i * tl.num_programs(1) + tl.program_id(1)) * (TAPS + 1)
+    for j in tl.static_range(TAPS):
+        tl.store(_at(grads + channel_D, first + TAPS - 1 - j, d, ALIGNED), grad_weight_J[j], mask=length_D > 0)
+    tl.store(_at(grads + channel_D, first + TAPS, d, ALIGNED), grad_bias_D, mask=length_D > 0)

@@ -39,7 +39,7 @@ def forward(
         taken: fp32 [rows], (1 - e) * the label's logit + e * the sum of the logits without padding / vocab_size.
     """
     vector = _vector(logits)
-    _forward_kernel[(len(logits),)](
+    _loss_forward_kernel[(len(logits),)](
         logits, labels, maximum, normalizer, taken,
         logits.shape[1] // vector, logits.stride(0) // vector, first, vocab_size - first,
         1 - label_smoothing, label_smoothing / vocab_size,
@@ -65,7 +65,7 @@ def backward(
     """
     vector = _vector(logits)
     vectors = logits.shape[1] // vector
-    _backward_kernel[(len(logits), triton.cdiv(vectors, VECTORS))](
+    _loss_backward_kernel[(len(logits), triton.cdiv(vectors, VECTORS))](
         grad, logits, labels, maximum, normalizer,
         vectors, logits.stride(0) // vector, first, vocab_size - first,
         1 - label_smoothing, label_smoothing / vocab_size,
@@ -79,7 +79,7 @@ def _vector(logits: Tensor) -> int:
 
 
 @triton.jit
-def _forward_kernel(
+def _loss_forward_kernel(
     logits, labels, maximum, normalizer, taken,
     vectors, row_stride, first, local_vocab_size, label_weight, entry_weight,
     SMOOTHED: tl.constexpr, VECTOR: tl.constexpr, VECTORS: tl.constexpr,
@@ -108,7 +108,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def _loss_backward_kernel(
     grad, logits, labels, maximum, normalizer,
     vectors, row_stride, first, local_vocab_size, label_weight, entry_weight,
     SMOOTHED: tl.constexpr, VECTOR: tl.constexpr, VECTORS: tl.constexpr,

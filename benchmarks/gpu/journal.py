@@ -24,10 +24,19 @@ def pytest_configure(config: pytest.Config) -> None:
         _file.append(journal)
 
 
+def pytest_runtest_logstart(nodeid: str) -> None:
+    _write(f"STARTED {nodeid}\n")
+
+
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    if not _file or (report.when != "call" and report.passed):
+    if report.when != "call" and report.passed:
         return
     reason = "" if report.passed else "\n" + report.longreprtext[-LONGEST:]
     printed = "".join(text for _, text in report.sections) if report.when == "call" else ""
-    with _file[0].open("a") as file:
-        file.write(f"{report.outcome.upper()} {report.nodeid} {report.duration:.1f} s{reason}\n{printed[-1000:]}")
+    _write(f"{report.outcome.upper()} {report.nodeid} {report.duration:.1f} s{reason}\n{printed[-1000:]}")
+
+
+def _write(text: str) -> None:
+    if _file:
+        with _file[0].open("a") as file:
+            file.write(text)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.launch import torchrun
+from tests.launch import one_process
 from tests.training.data import VOCABULARY, write_dataset
 from tests.training.runs import scalars, tensors
 
@@ -21,9 +21,9 @@ WITH_DOCUMENTS = ("sambay", "sgdny", "mambay2", "phi4miniflash")
 FP32, BF16 = 1e-5, 2**-9
 LATE = float(os.environ.get("LAUNCH_SECONDS", 300))  # then a launch fails, and shows where it stood
 # A pool of compiling processes for each launch would be more than all other work.
-ON_GPU = ("env", "TORCHINDUCTOR_COMPILE_THREADS=1")
-WITHOUT_GPU = ("env", "CUDA_VISIBLE_DEVICES=")
-DETERMINISTIC = (*ON_GPU, "CUBLAS_WORKSPACE_CONFIG=:4096:8", "NCCL_ALGO=Ring")
+ON_GPU = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
+WITHOUT_GPU = {"CUDA_VISIBLE_DEVICES": ""}
+DETERMINISTIC = ON_GPU | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "Ring"}
 
 
 def command(data: Path, run: Path, family: str, *options: str) -> list[str]:
@@ -52,14 +52,14 @@ def test_losses_are_the_cpus(family: str, documents: bool, data: Path, tmp_path:
     """Five iterations from the same checkpoint. The first iteration of the run has the learning rate 0."""
     assert torch.cuda.is_available(), "needs a GPU"
     options = ["--reset-at-eod"] if documents else []
-    torchrun(1, *command(data, tmp_path / "cpu", family, *options), prefix=WITHOUT_GPU, timeout=LATE)
+    one_process(*command(data, tmp_path / "cpu", family, *options), timeout=LATE, **WITHOUT_GPU)
     start = str(tmp_path / "cpu" / "iter_0000001")
     expected = scalars(tmp_path / "cpu", "lm loss")
     del expected[1]
     errors = {}
     for name, precision in {"fp32": [], "bf16": ["--bf16"]}.items():
         resumed = command(data, tmp_path / name, family, *options, *precision, "--resume", start)
-        torchrun(1, *resumed, prefix=ON_GPU, timeout=LATE)
+        one_process(*resumed, timeout=LATE, **ON_GPU)
         found = scalars(tmp_path / name, "lm loss")
         assert found.keys() == expected.keys()
         errors[name] = max(abs(found[step] / loss - 1) for step, loss in expected.items())
@@ -76,9 +76,9 @@ def test_deterministic_resume_is_exact(family: str, options: list[str], data: Pa
         options = [*options, "--recompute-method", "uniform", "--recompute-num-layers", "1"]
     options = ["--bf16", "--deterministic-mode", *options]
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    torchrun(1, *command(data, whole, family, *options), prefix=DETERMINISTIC, timeout=LATE)
+    one_process(*command(data, whole, family, *options), timeout=LATE, **DETERMINISTIC)
     start = str(whole / "iter_0000003")
-    torchrun(1, *command(data, resumed, family, *options, "--resume", start), prefix=DETERMINISTIC, timeout=LATE)
+    one_process(*command(data, resumed, family, *options, "--resume", start), timeout=LATE, **DETERMINISTIC)
     expected = scalars(whole, "lm loss")
     assert scalars(resumed, "lm loss") == {step: expected[step] for step in range(4, STEPS + 1)}
     found, expected_tensors = tensors(resumed, STEPS), tensors(whole, STEPS)

@@ -194,14 +194,19 @@ def test_triton_interpreted() -> None:
 def check_triton_in_interpreter() -> None:
     from archscale_megatron.ops import causal_conv_triton
 
-    causal_conv_triton.STEPS, causal_conv_triton.TILE = 16, 8  # several programs, tiles and blocks of channels
+    causal_conv_triton.STEPS, causal_conv_triton.UNROLL = 8, 4  # several walks, several rounds in each
     starts = starts_of(30)
     for d, k, activation, document_starts in [
-        (6, 4, "silu", starts), (6, 1, "silu", None), (130, 4, None, None), (3, 2, None, starts), (6, 7, "silu", starts)
+        (6, 4, "silu", starts), (6, 1, "silu", None), (130, 4, None, None), (3, 2, None, starts),
+        (6, 7, "silu", starts), (6, 11, "silu", None),
     ]:  # fmt: skip
         leaves, grad = inputs(30, 2, d, k)
         options = {"activation": activation, "document_starts": document_starts}
         assert_matches_reference(leaves, grad, operation=triton, **options)
+    for at in range(6, 19):  # documents that start about where walks do, the last of which ends with the sequence
+        around = torch.zeros(24, 2, dtype=torch.bool)
+        around[at, 0] = around[[at, at + 2], 1] = True
+        assert_matches_reference(*inputs(24, 2, 6, 4), operation=triton, document_starts=around)
     (x, weight, _), grad = inputs(30, 2, 6, 4)
     noise = strided(grad, 9).detach()
     assert_matches_reference([strided(x, 11), weight, None], noise, operation=triton, document_starts=starts)
@@ -223,8 +228,8 @@ def test_triton_compiles_without_gpu(backend, arch, warp_size, tmp_path, monkeyp
     from archscale_megatron.ops import causal_conv_triton as kernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    blocks = {"TAPS": 4, "BLOCK": kernels.BLOCK, "TILE": kernels.TILE, "STEPS": kernels.STEPS, "ROWS": 8}
-    for kernel in (kernels._forward_kernel, kernels._backward_kernel):
+    blocks = {"TAPS": 4, "BLOCK": kernels.BLOCK, "STEPS": kernels.STEPS, "UNROLL": kernels.UNROLL, "ALIGNED": 8}
+    for kernel in (kernels._conv_forward_kernel, kernels._conv_backward_kernel):
         # Triton makes an argument that is 1 or None a constant, which compiles differently.
         for given in ({"SILU": True}, {"SILU": False, "bias": None, "starts": None, "batch": 1, "length": 1}):
             constants = {n: v for n, v in (blocks | given).items() if n in kernel.arg_names}

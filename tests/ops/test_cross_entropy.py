@@ -174,7 +174,7 @@ def test_kernels_compile_without_gpu(
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     types = {"logits": f"*{dtype}", "labels": "*i64", "label_weight": "fp32", "entry_weight": "fp32"}
     types |= dict.fromkeys(("vectors", "row_stride", "first", "local_vocab_size"), "i32")
-    for kernel in (kernels._forward_kernel, kernels._backward_kernel):
+    for kernel in (kernels._loss_forward_kernel, kernels._loss_backward_kernel):
         for smoothed in (False, True):
             constants = {"SMOOTHED": smoothed, "VECTOR": 8 if dtype == "bf16" else 4, "VECTORS": kernels.VECTORS}
             signature = {n: "constexpr" if n in constants else types.get(n, "*fp32") for n in kernel.arg_names}
