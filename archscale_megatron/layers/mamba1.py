@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
@@ -27,12 +28,34 @@ from archscale_megatron.ops.gate import silu_gate
 from archscale_megatron.ops.selective_scan import selective_scan
 
 
+class ScanInputProjection(nn.Linear):
+    """x_proj: dt, B and C of each token, side by side."""
+
+    def __init__(self, d: int, dt_rank: int, state_size: int, **options: Any) -> None:
+        super().__init__(d, dt_rank + 2 * state_size, bias=False, **options)
+        self.dt_rank = dt_rank
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [s, b, d] -> [s, b, dt_rank + padding + 2 * state_size], zeros behind dt."""
+        weight, padding = self.weight, _padding(self.dt_rank, x)
+        if padding:
+            dt, B_C = weight.tensor_split([self.dt_rank])
+            weight = torch.cat([dt, weight.new_zeros(padding, weight.shape[1]), B_C])
+        return F.linear(x, weight)
+
+
 class StepSizeProjection(nn.Linear):
     """dt_proj, without its bias: the scan adds that, in fp32. A module that is called, like CausalConv1d."""
 
     def forward(self, dt: Tensor) -> Tensor:
-        """dt [s, b, dt_rank] -> [s, b, d]."""
-        return F.linear(dt, self.weight)
+        """dt [s, b, dt_rank + padding] -> [s, b, d]."""
+        padding = dt.shape[-1] - self.in_features
+        return F.linear(dt, F.pad(self.weight, (0, padding)) if padding else self.weight)
+
+
+def _padding(width: int, x: Tensor) -> int:
+    """What `width` lacks of a multiple of 8, below which the matrix products of a GPU have slow kernels alone."""
+    return -width % 8 if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) else 0
 
 
 @dataclass
@@ -71,7 +94,7 @@ class Mamba1Mixer(RecurrentMixer):
         super().__init__(config)
         self.writes_memory = "memory" in writes
         self.tp_group = pg_collection.tp
-        self.dt_rank, self.state_size = dt_rank, state_size
+        self.state_size = state_size
         d_local = divide(d_inner, self.tp_group.size())
         options = parameter_options(config)
         fp32 = options | {"dtype": torch.float32}
@@ -81,7 +104,7 @@ class Mamba1Mixer(RecurrentMixer):
             submodules.in_proj, config.hidden_size, 2 * d_inner, config, self.tp_group, stride=2
         )
         self.conv1d = CausalConv1d(d_local, conv_kernel, **options)
-        self.x_proj = nn.Linear(d_local, dt_rank + 2 * state_size, bias=False, **options)
+        self.x_proj = ScanInputProjection(d_local, dt_rank, state_size, **options)
         self.dt_proj = StepSizeProjection(dt_rank, d_local, bias=False, **options)
         self.dt_proj.bias = nn.Parameter(torch.empty(d_local, **fp32))
         self.A_log = nn.Parameter(torch.empty(d_local, state_size, **fp32))
@@ -100,7 +123,7 @@ class Mamba1Mixer(RecurrentMixer):
         x = self.conv1d(x, context.document_starts)
         dt_B_C = reduce_from_tensor_model_parallel_region(self.x_proj(x), self.tp_group)
         dt_B_C = copy_to_tensor_model_parallel_region(dt_B_C, self.tp_group)
-        dt, B, C = dt_B_C.split([self.dt_rank, self.state_size, self.state_size], dim=-1)
+        dt, B, C = dt_B_C.tensor_split([-2 * self.state_size, -self.state_size], dim=-1)
         y = selective_scan(
             x,
             self.dt_proj(dt),
