@@ -90,6 +90,8 @@ def _arguments(kernels: str) -> argparse.Namespace:
     with exit_on_error("dryrun", args), contextlib.redirect_stdout(io.StringIO()):
         _check_countable(args, explicit, kernels)
         apply_arguments(args, explicit)
+        if MAMBA1 in args.architecture.pattern and kernels == "fused" and find_spec("triton") is None:
+            raise ValueError("Mamba-1's fused scan needs triton; install it, or give --kernels torch")
         if args.reset_at_eod and args.architecture.attention_sink and kernels == "torch":
             raise ValueError("--reset-at-eod: documents with an attention sink are counted with --kernels fused alone")
         check_schedule(args)
@@ -119,8 +121,6 @@ def _check_countable(args: argparse.Namespace, explicit: dict[str, str], kernels
         raise ValueError(
             "--moe-token-dispatcher-type flex: the dry run counts alltoall and allgather; use one of these"
         )
-    if MAMBA1 in args.architecture.pattern and kernels == "fused" and find_spec("triton") is None:
-        raise ValueError("Mamba-1's fused scan needs triton; install it, or give --kernels torch")
 
 
 # No files, servers or handlers of signals; no checks of values; the fake backend.
