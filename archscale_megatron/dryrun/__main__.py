@@ -43,8 +43,8 @@ def parser() -> argparse.ArgumentParser:
         "--kernels",
         choices=("fused", "torch"),
         default="fused",
-        help="whose memory is counted in attention, convolution, Mamba-1's scan, norms and gates: flash-attn, "
-        "causal-conv1d, mamba-ssm and our Triton kernels (fused, the default), or the torch code that runs on a CPU. "
+        help="whose memory is counted in attention, convolution, Mamba-1's scan, norms, gates and the loss: "
+        "flash-attn, causal-conv1d and our Triton kernels (fused, the default), or the torch code that runs on a CPU. "
         "Mamba-2 and gated delta nets are torch code in both",
     )
     result.add_argument("--json", metavar="FILE", help="write the result there too; - writes it instead of the table")
