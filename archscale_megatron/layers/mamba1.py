@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
@@ -27,24 +28,19 @@ from archscale_megatron.ops.gate import silu_gate
 from archscale_megatron.ops.selective_scan import selective_scan
 
 
-def _columns(dt_rank: int, x: Tensor) -> int:
-    """How many columns dt gets, those past dt_rank 0: on a GPU in half precision a multiple of 8.
+class ScanInputProjection(nn.Linear):
+    """x_proj: dt, B and C of each token, side by side."""
 
-    cuBLAS has only slow kernels for matrices whose rows do not all begin at multiples of 16 bytes, as with dt_rank 124.
-    Parameters and checkpoints know nothing of it: weights get rows or columns of zeros whenever they are used.
-    """
-    return dt_rank + -dt_rank % 8 if x.is_cuda and x.element_size() == 2 else dt_rank
+    def __init__(self, d: int, dt_rank: int, state_size: int, **options: Any) -> None:
+        super().__init__(d, dt_rank + 2 * state_size, bias=False, **options)
+        self.dt_rank = dt_rank
 
-
-class InputProjection(nn.Linear):
-    """x_proj. A module that is called, like CausalConv1d."""
-
-    def forward(self, x: Tensor, dt_rank: int) -> Tensor:  # type: ignore[override]
-        """x [s, b, d] -> dt, B and C [s, b, columns of dt + 2 n]."""
-        weight, zeros = self.weight, _columns(dt_rank, x) - dt_rank
-        if zeros:
-            dt, B_C = weight.split([dt_rank, self.out_features - dt_rank])
-            weight = torch.cat([F.pad(dt, (0, 0, 0, zeros)), B_C])
+    def forward(self, x: Tensor) -> Tensor:
+        """x [s, b, d] -> [s, b, dt_rank + padding + 2 * state_size], zeros behind dt."""
+        weight, padding = self.weight, _padding(self.dt_rank, x)
+        if padding:
+            dt, B_C = weight.tensor_split([self.dt_rank])
+            weight = torch.cat([dt, weight.new_zeros(padding, weight.shape[1]), B_C])
         return F.linear(x, weight)
 
 
@@ -52,9 +48,14 @@ class StepSizeProjection(nn.Linear):
     """dt_proj, without its bias: the scan adds that, in fp32. A module that is called, like CausalConv1d."""
 
     def forward(self, dt: Tensor) -> Tensor:
-        """dt [s, b, its columns] -> [s, b, d]."""
-        zeros = dt.shape[-1] - self.in_features
-        return F.linear(dt, F.pad(self.weight, (0, zeros)) if zeros else self.weight)
+        """dt [s, b, dt_rank + padding] -> [s, b, d]."""
+        padding = dt.shape[-1] - self.in_features
+        return F.linear(dt, F.pad(self.weight, (0, padding)) if padding else self.weight)
+
+
+def _padding(width: int, x: Tensor) -> int:
+    """What `width` lacks of a multiple of 8, below which the matrix products of a GPU have slow kernels alone."""
+    return -width % 8 if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) else 0
 
 
 @dataclass
@@ -93,7 +94,7 @@ class Mamba1Mixer(RecurrentMixer):
         super().__init__(config)
         self.writes_memory = "memory" in writes
         self.tp_group = pg_collection.tp
-        self.dt_rank, self.state_size = dt_rank, state_size
+        self.state_size = state_size
         d_local = divide(d_inner, self.tp_group.size())
         options = parameter_options(config)
         fp32 = options | {"dtype": torch.float32}
@@ -103,7 +104,7 @@ class Mamba1Mixer(RecurrentMixer):
             submodules.in_proj, config.hidden_size, 2 * d_inner, config, self.tp_group, stride=2
         )
         self.conv1d = CausalConv1d(d_local, conv_kernel, **options)
-        self.x_proj = InputProjection(d_local, dt_rank + 2 * state_size, bias=False, **options)
+        self.x_proj = ScanInputProjection(d_local, dt_rank, state_size, **options)
         self.dt_proj = StepSizeProjection(dt_rank, d_local, bias=False, **options)
         self.dt_proj.bias = nn.Parameter(torch.empty(d_local, **fp32))
         self.A_log = nn.Parameter(torch.empty(d_local, state_size, **fp32))
@@ -120,10 +121,9 @@ class Mamba1Mixer(RecurrentMixer):
         xz, _ = self.in_proj(hidden_states)
         x, z = xz.chunk(2, dim=-1)
         x = self.conv1d(x, context.document_starts)
-        dt_B_C = reduce_from_tensor_model_parallel_region(self.x_proj(x, self.dt_rank), self.tp_group)
+        dt_B_C = reduce_from_tensor_model_parallel_region(self.x_proj(x), self.tp_group)
         dt_B_C = copy_to_tensor_model_parallel_region(dt_B_C, self.tp_group)
-        n = self.state_size
-        dt, B, C = dt_B_C.split([dt_B_C.shape[-1] - 2 * n, n, n], dim=-1)
+        dt, B, C = dt_B_C.tensor_split([-2 * self.state_size, -self.state_size], dim=-1)
         y = selective_scan(
             x,
             self.dt_proj(dt),

@@ -7,9 +7,9 @@ the walk comes to t; those of the first steps after the walk's own, it computes 
 
 Nothing is added atomically: torch adds up the partial sums over time and batch, so results repeat exactly.
 """
-# mypy: disable-error-code=assignment
-# Triton's language is not quite Python's: tuples grow in loops that the compiler unrolls.
 
+# Tuples of tensors grow in unrolled loops, which mypy takes for reassignments of another type.
+# mypy: disable-error-code="assignment"
 import math
 
 import torch

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
@@ -27,7 +27,7 @@ SPECS = {
 MEMORY_SIZE = 24  # of all three
 
 
-def build_mixer(kind: str, tp_size: int = 1, **options: Any) -> Any:
+def build_mixer(kind: str | ModuleSpec, tp_size: int = 1, **options: Any) -> Any:
     """The mixer in fp32, its parameters filled with this rank's part of draws that are the same at every layout."""
     config = TransformerConfig(
         num_layers=1,
@@ -39,7 +39,8 @@ def build_mixer(kind: str, tp_size: int = 1, **options: Any) -> Any:
         **options,
     )
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    mixer = build_module(SPECS[kind], config=config, layer_number=1, pg_collection=groups, writes=("memory",))
+    spec = SPECS[kind] if isinstance(kind, str) else kind
+    mixer = build_module(spec, config=config, layer_number=1, pg_collection=groups, writes=("memory",))
     fill(mixer, tp_size, groups.tp.rank())
     return mixer
 

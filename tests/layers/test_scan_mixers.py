@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from megatron.core.models.backends import LocalSpecProvider
 from torch.nn import functional as F
 
+from archscale_megatron.layers import mamba1
+from archscale_megatron.layers.mamba1 import mamba1_spec
 from tests.layers.mixers import SPECS, build_mixer, inputs, run
 from tests.ops.test_causal_conv import reference as conv
 from tests.ops.test_gated_delta_rule import reference as delta_rule
@@ -70,6 +73,23 @@ def test_equals_its_formula(kind, with_starts):
     assert actual.keys() == expected.keys() >= {f"grad.{name}" for name in exact}
     wrong = {name: d for name, e in expected.items() if not (d := difference(actual[name], e)) < 1e-5}
     assert not wrong
+
+
+def test_padded_projections_change_nothing(monkeypatch):
+    """Those of Mamba-1 around dt, whose 5 channels a GPU gets as 8."""
+    spec = mamba1_spec(LocalSpecProvider(), d_inner=24, dt_rank=5, state_size=4, conv_kernel=4)
+    results = []
+    for padding in (0, 3):
+        monkeypatch.setattr(mamba1, "_padding", lambda width, x, padding=padding: padding)
+        mixer, data = build_mixer(spec), inputs()
+        projected = mixer.x_proj(torch.randn(3, 2, 24))
+        assert projected.shape == (3, 2, 13 + padding) and not projected[..., 5 : 5 + padding].any()
+        starts = data.pop("starts")
+        parameters = dict(mixer.named_parameters())
+        results.append(value_and_gradients(lambda *x, m=mixer, s=starts: run(m, *x, s), parameters, data))
+    plain, padded = results
+    assert padded.keys() == plain.keys() >= {"grad.x_proj.weight", "grad.dt_proj.weight"}
+    assert max(difference(padded[name], value.double()) for name, value in plain.items()) < 1e-6
 
 
 @pytest.mark.parametrize("kind", ["mamba2", "gated_delta_net"])
