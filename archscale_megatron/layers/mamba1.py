@@ -39,7 +39,7 @@ class ScanInputProjection(nn.Linear):
         """x [s, b, d] -> [s, b, dt_rank + padding + 2 * state_size], zeros behind dt."""
         weight, padding = self.weight, _padding(self.dt_rank, x)
         if padding:
-            dt, B_C = weight.tensor_split([self.dt_rank])
+            dt, B_C = weight.split([self.dt_rank, self.out_features - self.dt_rank])
             weight = torch.cat([dt, weight.new_zeros(padding, weight.shape[1]), B_C])
         return F.linear(x, weight)
 
@@ -123,7 +123,9 @@ class Mamba1Mixer(RecurrentMixer):
         x = self.conv1d(x, context.document_starts)
         dt_B_C = reduce_from_tensor_model_parallel_region(self.x_proj(x), self.tp_group)
         dt_B_C = copy_to_tensor_model_parallel_region(dt_B_C, self.tp_group)
-        dt, B, C = dt_B_C.tensor_split([-2 * self.state_size, -self.state_size], dim=-1)
+        n = self.state_size
+        # Not tensor_split, whose backward pass fills a whole gradient with zeros for each part, and adds them up.
+        dt, B, C = dt_B_C.split([dt_B_C.shape[-1] - 2 * n, n, n], dim=-1)
         y = selective_scan(
             x,
             self.dt_proj(dt),

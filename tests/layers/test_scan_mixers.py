@@ -1,5 +1,7 @@
 """Mamba-2, Gated DeltaNet and the GMU with a norm against their formulas in float64, with scans and convs in loops."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from megatron.core.models.backends import LocalSpecProvider
@@ -90,6 +92,13 @@ def test_padded_projections_change_nothing(monkeypatch):
     plain, padded = results
     assert padded.keys() == plain.keys() >= {"grad.x_proj.weight", "grad.dt_proj.weight"}
     assert max(difference(padded[name], value.double()) for name, value in plain.items()) < 1e-6
+
+
+def test_padded_is_what_half_precision_on_a_gpu_needs():
+    gpu = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)
+    assert [mamba1._padding(width, gpu) for width in (5, 8, 124, 128)] == [3, 0, 4, 0]
+    for is_cuda, dtype in [(True, torch.float32), (False, torch.bfloat16)]:
+        assert mamba1._padding(5, SimpleNamespace(is_cuda=is_cuda, dtype=dtype)) == 0
 
 
 @pytest.mark.parametrize("kind", ["mamba2", "gated_delta_net"])
