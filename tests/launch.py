@@ -34,8 +34,8 @@ def torchrun(
 def one_process(
     *command: str, timeout: float = 600, check: bool = True, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run `python COMMAND...` as the only rank there is, otherwise likewise: without torchrun, which looks up its own
-    machine's name, and waits long for that where there is no network."""
+    """Run `python COMMAND...` as the only rank there is, otherwise likewise: without torchrun, which takes a process
+    and an import of torch more."""
     ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     return _launch([sys.executable, *command], ranks | environment, timeout, check)
 
